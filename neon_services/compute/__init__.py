@@ -1,0 +1,1 @@
+"""The compute side: compute_ctl, walproposer, and the fabricated data directory."""

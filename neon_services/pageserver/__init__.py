@@ -1,0 +1,1 @@
+"""The pageserver service: any page at any LSN."""

@@ -1,0 +1,136 @@
+"""A small asynchronous Postgres-wire client for what psycopg does not speak: COPY BOTH and Neon's own commands."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from neon_services.ground.errors import NeonError, ProtocolViolation
+from neon_services.protocols import pgwire
+from neon_services.protocols.pgframe import FrameConnection
+
+log = logging.getLogger(__name__)
+
+_AUTH, _STATUS, _KEY, _READY, _ERROR, _NOTICE = b"RSKZEN"
+_ROW_DESCRIPTION, _ROW, _COMPLETE, _EMPTY = b"TDCI"
+_COPY_DATA, _COPY_DONE, _COPY_BOTH, _COPY_OUT = b"dcWH"
+
+
+class PgClient(FrameConnection):
+    """One connection to a server. Make it with ``await connect(...)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Set in COPY BOTH mode to receive CopyData views synchronously (the hot path); otherwise they queue.
+        self.copy_sink: Callable[[memoryview], None] | None = None
+        self.copy_batch_end: Callable[[], None] | None = None
+
+    def on_message(self, tag: int, body: memoryview) -> None:
+        if tag == _COPY_DATA and self.copy_sink is not None:
+            self.copy_sink(body)
+        elif tag not in (_NOTICE, _STATUS, _KEY):
+            self.enqueue(tag, body)
+
+    def on_batch_end(self) -> None:
+        if self.copy_batch_end is not None:
+            self.copy_batch_end()
+
+    def on_violation(self, error: ProtocolViolation) -> None:
+        log.warning("server %s: %s", self.peer, error)
+        self.abort()
+
+    async def _next(self) -> tuple[int, bytes]:
+        queued = await self.next_message()
+        if queued is None:
+            raise ConnectionResetError("the server closed the connection")
+        if queued[0] == _ERROR:
+            raise pgwire.parse_error_response(queued[1])
+        return queued
+
+    async def _authenticate(self, parameters: dict[str, str], password: str | None) -> None:
+        self.write(pgwire.startup_message(parameters))
+        while True:
+            tag, body = await self._next()
+            if tag == _READY:
+                return
+            if tag != _AUTH:
+                raise ProtocolViolation(f"unexpected message {chr(tag)!r} during startup")
+            code = int.from_bytes(body[:4], "big")
+            if code == 3 and password is not None:
+                self.write(pgwire.password_message(password))
+            elif code == 3:
+                raise NeonError(f"server {self.peer} asks for a password and none was given")
+            elif code != 0:
+                raise NeonError(f"server {self.peer} asks for authentication method {code}, which this client does not speak")
+
+    async def query(self, sql: str) -> list[list[str | None]]:
+        """Run a simple query; its rows as text. Raises ServerError."""
+        self.write(pgwire.query(sql))
+        rows: list[list[str | None]] = []
+        failure: pgwire.ServerError | None = None
+        while True:
+            try:
+                tag, body = await self._next()
+            except pgwire.ServerError as error:
+                failure = error
+                continue
+            if tag == _ROW:
+                rows.append(pgwire.parse_data_row(body))
+            elif tag == _READY:
+                if failure is not None:
+                    raise failure
+                return rows
+
+    async def start_copy_both(self, sql: str) -> None:
+        """Run a command that answers with COPY BOTH. Raises ServerError when it is refused."""
+        self.write(pgwire.query(sql))
+        tag, _ = await self._next()
+        if tag != _COPY_BOTH:
+            raise ProtocolViolation(f"expected COPY BOTH in answer to {sql!r}, got {chr(tag)!r}")
+
+    async def copy_out(self, sql: str) -> AsyncIterator[bytes]:
+        """Run a command that answers with COPY OUT and yield its chunks. Raises ServerError, also after the last chunk."""
+        self.write(pgwire.query(sql))
+        tag, _ = await self._next()
+        if tag != _COPY_OUT:
+            raise ProtocolViolation(f"expected COPY OUT in answer to {sql!r}, got {chr(tag)!r}")
+        while True:
+            tag, body = await self._next()
+            if tag == _COPY_DATA:
+                yield body
+            elif tag == _READY:
+                return
+
+    async def next_copy_data(self) -> bytes | None:
+        """The next queued CopyData payload; None when the server ended the stream. Raises ServerError."""
+        queued = await self.next_message()
+        if queued is None or queued[0] == _COPY_DONE:
+            return None
+        if queued[0] == _ERROR:
+            raise pgwire.parse_error_response(queued[1])
+        if queued[0] == _COPY_DATA:
+            return queued[1]
+        raise ProtocolViolation(f"unexpected message {chr(queued[0])!r} inside COPY")
+
+    def send_copy_data(self, payload: bytes) -> None:
+        """Send one CopyData message."""
+        self.write(pgwire.copy_data(payload))
+
+
+async def connect(
+    host: str,
+    port: int,
+    *,
+    parameters: dict[str, str] | None = None,
+    password: str | None = None,
+    timeout: float = 10.0,
+) -> PgClient:
+    """Connect and authenticate. Raises OSError, ServerError, or TimeoutError after ``timeout`` seconds."""
+    settings = {"user": "no_user", "database": "replication", **(parameters or {})}
+    async with asyncio.timeout(timeout):
+        _, client = await asyncio.get_running_loop().create_connection(PgClient, host, port)
+        try:
+            await client._authenticate(settings, password)
+        except BaseException:
+            client.abort()
+            raise
+    return client

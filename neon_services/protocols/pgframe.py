@@ -1,0 +1,177 @@
+"""The transport that both ends of a Postgres connection share: one receive buffer, frames parsed in place, flow control.
+
+Hot path: bytes land in one reused buffer, whole frames are handed on as views of it, and nothing is copied unless the
+receiver asks for it. A view is valid only during the callback.
+"""
+
+import asyncio
+from collections import deque
+
+from neon_services.ground.errors import ProtocolViolation
+from neon_services.protocols import pgwire
+
+INITIAL_BUFFER = 256 * 1024
+MIN_ROOM = 64 * 1024
+QUEUE_HIGH_BYTES = 4 * 1024 * 1024
+WRITE_HIGH_BYTES = 1024 * 1024
+
+
+class FrameConnection(asyncio.BufferedProtocol):
+    """Splits the byte stream into tagged messages and writes with back-pressure. Subclasses implement the hooks."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self._buffer = bytearray(INITIAL_BUFFER)
+        self._filled = 0
+        self._untagged = False  # a server's first packet has no tag
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self.closed = False
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue: deque[tuple[int, bytes]] = deque()
+        self._queued_bytes = 0
+        self._reader: asyncio.Future[None] | None = None
+        self._reading_paused = False
+
+    # -- hooks
+
+    def on_packet(self, packet: bytes) -> None:
+        """The untagged first packet of a client, without its length."""
+        raise ProtocolViolation("unexpected untagged packet")
+
+    def on_message(self, tag: int, body: memoryview) -> None:
+        """One tagged message; the view is valid only during this call."""
+        raise NotImplementedError
+
+    def on_batch_end(self) -> None:
+        """All whole messages of one read have been handed over: the place to flush once for many."""
+
+    def on_violation(self, error: ProtocolViolation) -> None:
+        """The peer broke the protocol. The default closes the connection."""
+        self.close()
+
+    def on_lost(self, error: Exception | None) -> None:
+        """The connection is gone."""
+
+    # -- asyncio.BufferedProtocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self.transport = transport  # type: ignore[assignment]
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)  # type: ignore[union-attr]
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if len(self._buffer) - self._filled < MIN_ROOM:
+            grown = bytearray(len(self._buffer) * 2)
+            grown[: self._filled] = memoryview(self._buffer)[: self._filled]
+            self._buffer = grown
+        return memoryview(self._buffer)[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._filled += nbytes
+        view = memoryview(self._buffer)[: self._filled]
+        consumed = 0
+        try:
+            while self._untagged and self._filled - consumed >= 4:
+                length = int.from_bytes(view[consumed : consumed + 4], "big")
+                if not 8 <= length <= pgwire.MAX_STARTUP_BYTES:
+                    raise ProtocolViolation(f"the startup packet has the impossible length {length}")
+                if self._filled - consumed < length:
+                    break
+                packet = bytes(view[consumed + 4 : consumed + length])
+                consumed += length
+                self.on_packet(packet)
+            if not self._untagged:
+                start = consumed
+                for tag, body, after in pgwire.split_messages(view[start:]):
+                    self.on_message(tag, body)
+                    consumed = start + after
+                    if self.closed:
+                        break
+                if consumed and not self.closed:
+                    self.on_batch_end()
+        except ProtocolViolation as error:
+            consumed = self._filled
+            self.on_violation(error)
+        finally:
+            left = self._filled - consumed
+            if consumed and left:
+                # the tail moves to the front; frames handed out before are no longer valid
+                self._buffer[:left] = bytes(view[consumed:])
+            self._filled = left
+            view.release()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
+        self._writable.set()
+        self.on_lost(error)
+        if not self.lost.done():
+            self.lost.set_result(None)
+        if self._reader and not self._reader.done():
+            self._reader.set_result(None)
+
+    # -- writing
+
+    def write(self, data: bytes) -> None:
+        """Queue bytes for sending; never blocks. Long producers call drain() between writes."""
+        if not self.closed and self.transport is not None:
+            self.transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the send buffer has room. Raises ConnectionResetError when the connection is gone."""
+        await self._writable.wait()
+        if self.closed:
+            raise ConnectionResetError("the connection was closed by the peer")
+
+    def close(self) -> None:
+        """Close after sending what is queued."""
+        if self.transport is not None and not self.closed:
+            self.closed = True
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once and drop what is queued."""
+        if self.transport is not None:
+            self.closed = True
+            self.transport.abort()
+
+    @property
+    def peer(self) -> str:
+        """The peer's address for logs."""
+        name = self.transport.get_extra_info("peername") if self.transport else None
+        return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "unknown")
+
+    # -- a bounded queue of whole messages, for receivers that are coroutines
+
+    def enqueue(self, tag: int, body: memoryview) -> None:
+        """Keep a copy of the message for next_message(); stops reading from the socket while too much is queued."""
+        self._queue.append((tag, bytes(body)))
+        self._queued_bytes += len(body) + 64
+        if self._queued_bytes > QUEUE_HIGH_BYTES and not self._reading_paused and self.transport is not None:
+            self._reading_paused = True
+            self.transport.pause_reading()
+        if self._reader and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def next_message(self) -> tuple[int, bytes] | None:
+        """The next queued message, or None when the connection is gone and the queue is empty."""
+        while not self._queue:
+            if self.closed:
+                return None
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        tag, body = self._queue.popleft()
+        self._queued_bytes -= len(body) + 64
+        if self._reading_paused and self._queued_bytes < QUEUE_HIGH_BYTES // 2 and self.transport and not self.closed:
+            self._reading_paused = False
+            self.transport.resume_reading()
+        return tag, body

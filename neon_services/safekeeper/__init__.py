@@ -1,0 +1,1 @@
+"""The safekeeper service: makes WAL durable and serves it."""

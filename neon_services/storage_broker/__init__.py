@@ -1,0 +1,1 @@
+"""The storage broker service: gossip between safekeepers and pageservers."""

@@ -1,0 +1,1 @@
+"""Postgres WAL: page framing, decoding (C and the pure Python oracle), pg_control, redo helpers."""
