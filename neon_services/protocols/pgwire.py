@@ -167,7 +167,8 @@ def parse_data_row(body: bytes | memoryview) -> list[str | None]:
     """The text values of a DataRow body."""
     data = bytes(body)
     (count,) = struct.unpack_from("!h", data)
-    offset, values = 2, []
+    offset = 2
+    values: list[str | None] = []
     for _ in range(count):
         (length,) = _LENGTH.unpack_from(data, offset)
         offset += 4
