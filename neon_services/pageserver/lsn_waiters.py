@@ -1,0 +1,56 @@
+"""Waiting for a timeline to reach an LSN."""
+
+import asyncio
+import heapq
+import itertools
+
+from neon_services.ground.errors import NeonError
+from neon_services.ground.lsn import format_lsn
+
+
+class LsnTimeout(NeonError):
+    """The timeline did not reach the LSN in time."""
+
+
+class LsnWaiters:
+    """A monotone LSN that tasks can wait for."""
+
+    def __init__(self, lsn: int) -> None:
+        self.lsn = lsn
+        self._heap: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._sequence = itertools.count()
+        self._closed: NeonError | None = None
+
+    def advance(self, lsn: int) -> None:
+        """Move forward and wake who waited for that. Moving backwards is ignored."""
+        if lsn <= self.lsn:
+            return
+        self.lsn = lsn
+        while self._heap and self._heap[0][0] <= lsn:
+            _, _, future = heapq.heappop(self._heap)
+            if not future.done():
+                future.set_result(None)
+
+    def close(self, error: NeonError) -> None:
+        """Fail all present and future waiters with this error."""
+        self._closed = error
+        for _, _, future in self._heap:
+            if not future.done():
+                future.set_exception(error)
+        self._heap.clear()
+
+    async def wait(self, lsn: int, timeout_s: float, what: str) -> None:
+        """Return when the LSN is reached. Raises LsnTimeout naming ``what`` and both LSNs."""
+        if lsn <= self.lsn:
+            return
+        if self._closed is not None:
+            raise self._closed
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._heap, (lsn, next(self._sequence), future))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await future
+        except TimeoutError:
+            raise LsnTimeout(
+                f"{what} did not reach {format_lsn(lsn)} within {timeout_s:g} s: its last record ends at {format_lsn(self.lsn)}"
+            ) from None
