@@ -1,0 +1,148 @@
+"""One TCP port for two protocols: gRPC by its HTTP/2 preface, plain HTTP otherwise.
+
+Invariant: the front looks at the first four bytes of a connection and then only copies bytes, in both directions, with
+back-pressure and half-close; both servers listen on unix sockets that only this process's user can open.
+"""
+
+import asyncio
+import logging
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+HTTP2_PREFACE_START = b"PRI "  # no HTTP/1.1 client sends this method
+FIRST_BYTES_TIMEOUT_S = 60.0
+BUFFER_BYTES = 256 * 1024
+
+
+class _Leg(asyncio.Protocol):
+    """One side of a relayed connection."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.other: _Leg | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+        self.transport.set_write_buffer_limits(high=BUFFER_BYTES)  # type: ignore[union-attr]
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.write(data)
+
+    def eof_received(self) -> bool:
+        if self.other is not None and self.other.transport is not None and not self.other.transport.is_closing():
+            self.other.transport.write_eof()
+        return True  # the other direction stays open
+
+    def pause_writing(self) -> None:
+        """This side's receiver is slow: stop reading from the other."""
+        if self.other is not None and self.other.transport is not None:
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self.other is not None and self.other.transport is not None and not self.other.transport.is_closing():
+            self.other.transport.resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.other is not None and self.other.transport is not None:
+            if error is None:
+                self.other.transport.close()
+            else:
+                self.other.transport.abort()
+
+
+class _Client(_Leg):
+    """The accepted side: chooses the server by the first bytes."""
+
+    def __init__(self, front: "Front") -> None:
+        super().__init__()
+        self._front = front
+        self._first = bytearray()
+        self._eof = False
+        self._connecting: asyncio.Task[None] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._front.clients.add(self)
+        self._deadline = asyncio.get_running_loop().call_later(FIRST_BYTES_TIMEOUT_S, self._give_up)
+
+    def _give_up(self) -> None:
+        assert self.transport is not None
+        self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is not None:
+            super().data_received(data)
+            return
+        self._first += data
+        matched = min(len(self._first), len(HTTP2_PREFACE_START))
+        same = self._first[:matched] == HTTP2_PREFACE_START[:matched]
+        if same and matched < len(HTTP2_PREFACE_START):
+            return  # too early to tell
+        if self._connecting is None:
+            assert self.transport is not None and self._deadline is not None
+            self._deadline.cancel()
+            self.transport.pause_reading()
+            path = self._front.grpc_path if same else self._front.http_path
+            self._connecting = asyncio.get_running_loop().create_task(self._connect(path))
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        if self.other is None:
+            return self._connecting is not None  # without a choice there is nobody to answer
+        return super().eof_received()
+
+    async def _connect(self, path: Path) -> None:
+        assert self.transport is not None
+        try:
+            _, server = await asyncio.get_running_loop().create_unix_connection(_Leg, str(path))
+        except OSError as error:
+            log.error("%s: %s", path, error)
+            self.transport.abort()
+            return
+        assert server.transport is not None
+        if self.transport.is_closing():
+            server.transport.abort()
+            return
+        server.other, self.other = self, server
+        server.transport.write(bytes(self._first))
+        self._first.clear()
+        if self._eof:
+            server.transport.write_eof()
+        self.transport.resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._front.clients.discard(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(error)
+
+
+class Front:
+    """The listening socket."""
+
+    def __init__(self, grpc_path: Path, http_path: Path) -> None:
+        self.grpc_path = grpc_path
+        self.http_path = http_path
+        self.clients: set[_Client] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen. Raises OSError when the address cannot be bound."""
+        self._server = await asyncio.get_running_loop().create_server(lambda: _Client(self), host, port, reuse_address=True)
+
+    @property
+    def port(self) -> int:
+        """The bound port (useful after listening on port 0)."""
+        assert self._server is not None
+        return self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Stop listening and drop all connections."""
+        if self._server is not None:
+            self._server.close()
+        for client in list(self.clients):
+            if client.transport is not None:
+                client.transport.abort()

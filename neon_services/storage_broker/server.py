@@ -1,0 +1,81 @@
+"""A running broker: the gRPC server and the HTTP endpoints behind one port."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from aiohttp import web
+
+from neon_services.ground.errors import NeonError
+from neon_services.ground.http import make_application
+from neon_services.storage_broker.front import Front
+from neon_services.storage_broker.hub import Hub
+from neon_services.storage_broker.service import BrokerService
+
+KEEPALIVE_TIMEOUT_MS = 20_000
+STOP_GRACE_S = 0.2
+
+
+@dataclass(frozen=True)
+class BrokerConfig:
+    """What the command line says."""
+
+    host: str
+    port: int
+    timeline_chan_size: int = 32
+    all_keys_chan_size: int = 16384
+    http2_keepalive_interval_ms: int = 5000
+
+
+async def _status(_: web.Request) -> web.Response:
+    return web.Response()
+
+
+class BrokerServer:
+    """Starts and stops everything; keeps no state beyond the open connections."""
+
+    def __init__(self, config: BrokerConfig) -> None:
+        self._config = config
+        self._service = BrokerService(Hub(config.timeline_chan_size, config.all_keys_chan_size))
+
+    async def start(self) -> None:
+        """Listen. Raises OSError when the address cannot be bound."""
+        self._directory = tempfile.TemporaryDirectory(prefix="storage_broker-")  # mode 0700
+        directory = Path(self._directory.name)
+        keepalive = self._config.http2_keepalive_interval_ms
+        self._grpc = grpc.aio.server(
+            options=[
+                ("grpc.keepalive_time_ms", keepalive),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.max_pings_without_data", 0),
+                # clients ping idle connections every few seconds: that is no attack
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+                ("grpc.http2.max_ping_strikes", 0),
+            ]
+        )
+        self._grpc.add_generic_rpc_handlers((self._service.handler(),))
+        if not self._grpc.add_insecure_port(f"unix:{directory / 'grpc'}"):
+            raise NeonError(f"cannot listen on the private socket {directory / 'grpc'}")
+        await self._grpc.start()
+        application = make_application()
+        application.router.add_get("/status", _status)
+        self._http = web.AppRunner(application, access_log=None)
+        await self._http.setup()
+        await web.UnixSite(self._http, str(directory / "http")).start()
+        self._front = Front(directory / "grpc", directory / "http")
+        await self._front.start(self._config.host, self._config.port)
+
+    @property
+    def port(self) -> int:
+        """The port that clients use."""
+        return self._front.port
+
+    async def stop(self) -> None:
+        """End subscriptions, close all connections, remove the private sockets."""
+        self._service.stop()
+        await self._grpc.stop(STOP_GRACE_S)
+        await self._front.stop()
+        await self._http.cleanup()
+        self._directory.cleanup()
