@@ -88,7 +88,8 @@ def space(state: Path) -> str | None:
     free = shutil.disk_usage(place).free
     if free >= DISK_BYTES_NEEDED:
         return None
-    return f"{place} has {free >> 20} MiB free, a lab needs {DISK_BYTES_NEEDED >> 20} MiB. Free some, or point LAB_STATE to a larger disk."
+    needed = DISK_BYTES_NEEDED >> 20
+    return f"{place} has {free >> 20} MiB free, a lab needs {needed} MiB. Free some, or point LAB_STATE to a larger disk."
 
 
 def memory() -> str | None:
