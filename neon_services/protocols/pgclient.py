@@ -123,11 +123,19 @@ async def connect(
     parameters: dict[str, str] | None = None,
     password: str | None = None,
     timeout: float = 10.0,
+    factory: Callable[[], PgClient] = PgClient,
 ) -> PgClient:
-    """Connect and authenticate. Raises OSError, ServerError, or TimeoutError after ``timeout`` seconds."""
+    """Connect and authenticate. Raises OSError, ServerError, or TimeoutError after ``timeout`` seconds.
+
+    A host that begins with a slash is the directory of a Unix socket, as in libpq.
+    """
     settings = {"user": "no_user", "database": "replication", **(parameters or {})}
+    loop = asyncio.get_running_loop()
     async with asyncio.timeout(timeout):
-        _, client = await asyncio.get_running_loop().create_connection(PgClient, host, port)
+        if host.startswith("/"):
+            _, client = await loop.create_unix_connection(factory, f"{host}/.s.PGSQL.{port}")
+        else:
+            _, client = await loop.create_connection(factory, host, port)
         try:
             await client._authenticate(settings, password)
         except BaseException:
