@@ -39,7 +39,7 @@ class LsnWaiters:
                 future.set_exception(error)
         self._heap.clear()
 
-    async def wait(self, lsn: int, timeout_s: float, what: str) -> None:
+    async def wait(self, lsn: int, timeout_s: float | None, what: str) -> None:
         """Return when the LSN is reached. Raises LsnTimeout naming ``what`` and both LSNs."""
         if lsn <= self.lsn:
             return

@@ -9,11 +9,11 @@ flush that turns one into a file cannot hide rows in between.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from neon_services.pageserver.layers.hits import Hits
+from neon_services.pageserver.layers.hits import Hits, ValueSource
 from neon_services.pageserver.layers.in_memory import InMemoryLayer
 from neon_services.pageserver.reconstruct import History
 from neon_services.pageserver.values import NOT_INHERITED_FIELD1, IndexArray, U64Array
@@ -46,7 +46,7 @@ class Readable(Protocol):
 class Piece:
     """Rows that one layer contributes; ``hits.owner`` numbers the keys of the whole search."""
 
-    layer: Any
+    layer: ValueSource
     hits: Hits
 
 
@@ -61,14 +61,15 @@ class Search:
         self.pieces: list[Piece] = []  #: newest layer first
         self.layers_visited = 0
 
-    def visit(self, layer: Any, keys: IndexArray, floor: U64Array, hits: Hits) -> IndexArray:
+    def visit(self, layer: ValueSource, keys: IndexArray, floor: U64Array, hits: Hits) -> IndexArray:
         """Record what a layer answered for ``keys`` (numbers); returns the numbers of those that remain open."""
         self.layers_visited += 1
         self.ceiling[keys] = np.minimum(self.ceiling[keys], floor)
         if not len(hits):
             return keys
         hits, complete = hits.since_last_base()
-        self.pieces.append(Piece(layer, Hits(keys[hits.owner], hits.lsn, hits.kind, hits.row)))
+        hits.owner = keys[hits.owner]
+        self.pieces.append(Piece(layer, hits))
         return np.delete(keys, complete) if len(complete) else keys
 
     def visit_in_memory(self, layer: InMemoryLayer) -> None:
@@ -87,12 +88,12 @@ class Search:
         left = self.visit(layer, asked, floor, hits)
         self.open = np.concatenate((left, rest)) if len(rest) else left
 
-    def histories(self) -> list[History]:
+    async def histories(self) -> list[History]:
         """The rows of each key with their bytes, oldest first."""
         found = [History() for _ in range(len(self.key_hi))]
         for piece in reversed(self.pieces):
             hits = piece.hits
-            values = piece.layer.fetch(hits.row)
+            values = await piece.layer.fetch(hits.position, hits.length)
             for owner, lsn, kind, value in zip(hits.owner.tolist(), hits.lsn.tolist(), hits.kind.tolist(), values, strict=True):
                 history = found[owner]
                 history.kinds.append(kind)

@@ -143,8 +143,8 @@ class InMemoryLayer:
         keep &= (columns.key_lo[row] == key_lo[owner]) & (columns.key_hi[row] == key_hi[owner])
         owner, row, lsn = owner[keep], row[keep], lsn[keep]
         order = np.lexsort((row, lsn, owner))
-        owner, row = owner[order], row[order]
-        return Hits(owner, lsn[order], columns.kind[row], row)
+        row = row[order]
+        return Hits(owner[order], lsn[order], columns.kind[row], columns.position[row], columns.length[row])
 
     def scan(self, start: tuple[int, int], end: tuple[int, int], floor: int, ceiling: int) -> tuple[U64Array, U64Array]:
         """The distinct keys (unordered halves) with ``start <= key < end`` that have rows with ``floor <= lsn < ceiling``."""
@@ -155,13 +155,12 @@ class InMemoryLayer:
         inside &= (columns.lsn[:n] >= floor) & (columns.lsn[:n] < ceiling)
         return hi[inside], lo[inside]
 
-    def fetch(self, rows: IndexArray) -> list[bytes]:
+    async def fetch(self, position: U64Array, length: U32Array) -> list[bytes]:
         """The bytes of rows that ``find`` named."""
-        positions, lengths = self._columns.position[rows].tolist(), self._columns.length[rows].tolist()
         segments = self._segments
         return [
-            segments[position >> 32][(at := position & 0xFFFF_FFFF) : at + length].tobytes()
-            for position, length in zip(positions, lengths, strict=True)
+            segments[place >> 32][(at := place & 0xFFFF_FFFF) : at + size].tobytes()
+            for place, size in zip(position.tolist(), length.tolist(), strict=True)
         ]
 
     def sorted_rows(self) -> tuple[U64Array, U64Array, U64Array, U8Array, U64Array, U32Array]:

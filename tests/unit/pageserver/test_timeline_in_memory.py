@@ -92,7 +92,7 @@ async def test_wait_lsn_wakes_and_times_out():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_in_memory_lookup_equals_brute_force(seed: int):
+async def test_in_memory_lookup_equals_brute_force(seed: int):
     rng = random.Random(seed)
     layer = InMemoryLayer(0)
     rows: list[tuple[int, int, int, int, bytes]] = []
@@ -110,7 +110,8 @@ def test_in_memory_lookup_equals_brute_force(seed: int):
         floor = np.array([rng.randrange(lsn + 1) for _ in range(count)], np.uint64)
         ceiling = np.array([rng.randrange(lsn + 2) for _ in range(count)], np.uint64)
         hits = layer.find(hi, lo, floor, ceiling)
-        found = list(zip(hits.owner.tolist(), hits.lsn.tolist(), hits.kind.tolist(), layer.fetch(hits.row), strict=True))
+        values = await layer.fetch(hits.position, hits.length)
+        found = list(zip(hits.owner.tolist(), hits.lsn.tolist(), hits.kind.tolist(), values, strict=True))
         if rng.random() < 0.2:
             expected = [
                 (n, r[2], r[3], r[4]) for n in range(count) for r in rows
