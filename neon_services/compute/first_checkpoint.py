@@ -1,0 +1,149 @@
+"""The start of a stateless compute: a shutdown checkpoint record at the first legal position at or after the base LSN.
+
+Invariant: the record and everything before it in its page are what stock Postgres would accept as the end of a clean
+shutdown, so it starts without recovery, on the same system identifier and timeline, with a correct chain of ``xl_prev``.
+The record is real WAL: it is the first thing that the compute proposes to the safekeepers.
+"""
+
+import struct
+import time
+from dataclasses import dataclass
+
+import crc32c
+
+from neon_services.ground.errors import NeonError, ProtocolViolation
+from neon_services.ground.lsn import (
+    TLI,
+    XLOG_BLCKSZ,
+    Lsn,
+    align_lsn,
+    page_header_size,
+    parse_lsn,
+    segment_file_name,
+    segment_number,
+    skip_page_header,
+)
+
+XLOG_PAGE_MAGIC = {15: 0xD110, 16: 0xD113, 17: 0xD116}
+CONTROL_FILE_SIZE = 8192
+_CONTROL_CRC_OFFSET = 288
+_STATE_OFFSET, _TIME_OFFSET, _CHECKPOINT_OFFSET, _COPY_OFFSET = 16, 24, 32, 40
+_SEGMENT_SIZE_OFFSET, _CHECKSUMS_OFFSET = 228, 252
+_CHECKPOINT_SIZE = 88
+_STATE_SHUTDOWNED = 1
+_FIRST_IS_CONTRECORD, _LONG_HEADER = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class FirstCheckpoint:
+    """pg_control and the WAL segments (by file name) with the record."""
+
+    checkpoint_lsn: Lsn
+    system_id: int
+    data_checksums: int
+    control: bytes
+    segments: dict[str, bytes]
+    next_xid: int
+    next_multi: int
+    next_multi_offset: int
+
+    def slru_pages(self) -> dict[str, int]:
+        """The last SLRU page that startup may read, per directory."""
+        return {
+            "pg_xact": (self.next_xid & 0xFFFF_FFFF) // 32768,
+            "pg_multixact/offsets": self.next_multi // 2048,
+            "pg_multixact/members": self.next_multi_offset // 1636,
+        }
+
+
+def parse_previous_lsn(signal: str | None) -> Lsn:
+    """The start of the record before the base LSN, from ``neon.signal``; 0 when there is none.
+
+    Raises NeonError when the pageserver does not know it: a compute that writes cannot start there.
+    """
+    if signal is None:
+        raise ProtocolViolation("the basebackup has no neon.signal")
+    label, _, value = signal.strip().partition(": ")
+    if label != "PREV LSN":
+        raise ProtocolViolation(f"neon.signal in the basebackup is not understood: {signal[:80]!r}")
+    if value == "none":
+        return Lsn(0)
+    if value == "invalid":
+        raise NeonError(
+            "the pageserver does not know the record before the start LSN: only a read-only compute can start there"
+        )
+    try:
+        return parse_lsn(value)
+    except ValueError as error:
+        raise ProtocolViolation(f"neon.signal in the basebackup: {error}") from error
+
+
+def make_first_checkpoint(control: bytes, base_lsn: Lsn, previous_lsn: Lsn, major: int) -> FirstCheckpoint:
+    """Place the record after ``base_lsn``, with ``xl_prev`` = ``previous_lsn``, from the basebackup's pg_control."""
+    if major not in XLOG_PAGE_MAGIC:
+        raise NeonError(f"the timeline is of Postgres {major}; computes of {sorted(XLOG_PAGE_MAGIC)} are supported")
+    if len(control) != CONTROL_FILE_SIZE:
+        raise ProtocolViolation(f"pg_control in the basebackup has {len(control)} bytes, not {CONTROL_FILE_SIZE}")
+    if crc32c.crc32c(control[:_CONTROL_CRC_OFFSET]) != struct.unpack_from("<I", control, _CONTROL_CRC_OFFSET)[0]:
+        raise ProtocolViolation("pg_control in the basebackup fails its checksum")
+    position = skip_page_header(align_lsn(base_lsn))
+    changed = bytearray(control)
+    (system_id,) = struct.unpack_from("<Q", control, 0)
+    (segment_size,) = struct.unpack_from("<I", control, _SEGMENT_SIZE_OFFSET)
+    (data_checksums,) = struct.unpack_from("<I", control, _CHECKSUMS_OFFSET)
+
+    checkpoint = bytearray(control[_COPY_OFFSET : _COPY_OFFSET + _CHECKPOINT_SIZE])
+    struct.pack_into("<QII", checkpoint, 0, position, TLI, TLI)
+    struct.pack_into("<q", checkpoint, 64, int(time.time()))
+    next_xid, _, next_multi, next_multi_offset = struct.unpack_from("<QIII", checkpoint, 24)
+
+    struct.pack_into("<I", changed, _STATE_OFFSET, _STATE_SHUTDOWNED)
+    struct.pack_into("<qQ", changed, _TIME_OFFSET, int(time.time()), position)
+    changed[_COPY_OFFSET : _COPY_OFFSET + _CHECKPOINT_SIZE] = checkpoint
+    struct.pack_into("<I", changed, _CONTROL_CRC_OFFSET, crc32c.crc32c(bytes(changed[:_CONTROL_CRC_OFFSET])))
+
+    record = _shutdown_checkpoint_record(bytes(checkpoint), previous_lsn)
+    segments = _lay_out(record, position, system_id, segment_size, XLOG_PAGE_MAGIC[major])
+    return FirstCheckpoint(
+        Lsn(position), system_id, data_checksums, bytes(changed), segments, next_xid, next_multi, next_multi_offset
+    )
+
+
+def _shutdown_checkpoint_record(checkpoint: bytes, previous_lsn: Lsn) -> bytes:
+    data = b"\xff" + bytes([len(checkpoint)]) + checkpoint  # one short block of main data
+    header = struct.pack("<IIQBBH", 24 + len(data), 0, previous_lsn, 0x00, 0, 0)  # XLOG_CHECKPOINT_SHUTDOWN of rmgr XLOG
+    return header + struct.pack("<I", crc32c.crc32c(data + header)) + data
+
+
+def _page_header(page: int, remaining: int, system_id: int, segment_size: int, magic: int) -> bytes:
+    long = page % segment_size == 0
+    info = (_FIRST_IS_CONTRECORD if remaining else 0) | (_LONG_HEADER if long else 0)
+    header = struct.pack("<HHIQI4x", magic, info, TLI, page, remaining)
+    return header + struct.pack("<QII", system_id, segment_size, XLOG_BLCKSZ) if long else header
+
+
+def _lay_out(record: bytes, position: Lsn, system_id: int, segment_size: int, magic: int) -> dict[str, bytes]:
+    """The one or two segments with the record at ``position``, all else before it zero except page headers."""
+    images: dict[int, bytearray] = {}
+
+    def put(lsn: int, content: bytes) -> None:
+        image = images.setdefault(segment_number(lsn, segment_size), bytearray(segment_size))
+        image[lsn % segment_size : lsn % segment_size + len(content)] = content
+
+    def header(page: int, remaining: int) -> bytes:
+        return _page_header(page, remaining, system_id, segment_size, magic)
+
+    segment_start = position - position % segment_size
+    page = position - position % XLOG_BLCKSZ
+    put(segment_start, header(segment_start, 0))
+    # what precedes the record on its page is declared the rest of a record, so that readers find this one first
+    put(page, header(page, position - page - page_header_size(page, segment_size)))
+    at, left = int(position), record
+    while left:
+        room = XLOG_BLCKSZ - at % XLOG_BLCKSZ
+        put(at, left[:room])
+        at, left = at + len(left[:room]), left[room:]
+        if left:
+            put(at, header(at, len(left)))
+            at += page_header_size(at, segment_size)
+    return {segment_file_name(number, segment_size): bytes(image) for number, image in images.items()}
