@@ -1,0 +1,75 @@
+"""Values in the notations that Neon's services read: SCRAM verifiers and TOML.
+
+Invariant: the same input gives the same text, so that a second run changes nothing.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+
+_ITERATIONS = 4096
+
+
+def scram_verifier(password: str, salt_source: str) -> str:
+    """Postgres's SCRAM-SHA-256 verifier of a password.
+
+    The salt is derived from ``salt_source``, something public that names the role in its cluster: different roles get different
+    salts and every run the same one. Passwords are taken as they are; use ASCII, for which SASLprep changes nothing.
+    """
+    if not password or not password.isascii():
+        raise AnsibleFilterError("a role's password must be non-empty ASCII: other characters would need SASLprep")
+    salt = hashlib.sha256(f"neon role {salt_source}".encode()).digest()[:16]
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, _ITERATIONS)
+    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
+    server = hmac.digest(salted, b"Server Key", "sha256")
+    encoded = (base64.b64encode(value).decode() for value in (salt, stored, server))
+    return "SCRAM-SHA-256${}:{}${}:{}".format(_ITERATIONS, *encoded)
+
+
+def toml_value(value: Any) -> str:
+    """A TOML value: strings, booleans, numbers, lists and (inline) tables."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value + 0)
+    if isinstance(value, str):
+        return json.dumps(str(value), ensure_ascii=False)  # a JSON string is a TOML basic string
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{toml_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    raise AnsibleFilterError(f"{value!r} has no TOML notation: use strings, numbers, booleans, lists and mappings")
+
+
+def toml_key(key: str) -> str:
+    """A TOML key, quoted when it must be."""
+    text = str(key)
+    return text if text and all(c.isascii() and (c.isalnum() or c in "-_") for c in text) else json.dumps(text)
+
+
+def toml_document(table: Mapping[str, Any]) -> str:
+    """A TOML document with one line per key; tables are written inline."""
+    return "".join(f"{toml_key(key)} = {toml_value(value)}\n" for key, value in table.items())
+
+
+def systemd_argument(word: str) -> str:
+    """One word of a unit's command line: quoted, with systemd's own expansions (``%`` and ``$``) switched off."""
+    text = str(word).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return text if text and all(c.isalnum() or c in "-_./:=@,+%$" for c in text) else f'"{text}"'
+
+
+class FilterModule:
+    """Gives Ansible the filters by name."""
+
+    def filters(self) -> dict[str, Any]:
+        return {
+            "scram_verifier": scram_verifier,
+            "to_toml": toml_document,
+            "to_toml_value": toml_value,
+            "to_systemd_argument": systemd_argument,
+        }
