@@ -22,6 +22,7 @@ from neon_services.consensus import term_history
 from neon_services.ground.errors import NeonError, ProtocolViolation, StaleGeneration
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn, format_lsn
+from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.safekeeper_messages import (
     NO_MEMBERSHIP,
     NO_STANDBY_FEEDBACK,
@@ -361,8 +362,17 @@ class Acceptor:
             self._streaming = None
         return _NO_REPLIES
 
+    def feedback_response(self, connection: ProposerConnection, feedback: PageserverFeedback) -> AppendResponse | None:
+        """Hand pageserver feedback to the leader, unasked. None for a connection that is not the leader's newest.
+
+        Before Elected was followed nothing may be acknowledged: the end of the log may still be another leader's.
+        """
+        if not self.is_streaming(connection):
+            return None
+        return replace(self.append_response(), pageserver_feedback=feedback)
+
     def append_response(self) -> AppendResponse:
-        """Where this member stands; also sent on its own when pageserver feedback arrives."""
+        """Where this member stands; only for the leader that streams."""
         state = self.state
         return AppendResponse(state.mconf.generation, state.term, self.flush_lsn, state.commit_lsn, self.standby_feedback)
 

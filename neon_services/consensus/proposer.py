@@ -43,7 +43,11 @@ from neon_services.protocols.safekeeper_messages import (
 
 
 class Deposed(NeonError):
-    """This proposer can commit nothing any more: a higher term or a newer membership exists, or its campaign was lost."""
+    """This proposer can commit nothing any more. ``retry``: a new campaign is in order, for nobody is known to lead instead."""
+
+    def __init__(self, text: str, *, retry: bool = False) -> None:
+        super().__init__(text)
+        self.retry = retry
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +203,8 @@ class Proposer:
         if member.phase is not MemberPhase.ACTIVE or message.term != self.term:
             raise ProtocolViolation(f"acknowledgement of term {message.term} out of turn; ours is {self.term}")
         if message.generation != self.mconf.generation:
-            raise Deposed(f"membership generation {message.generation} replaced ours, {self.mconf.generation}")
+            text = f"membership generation {message.generation} replaced ours, {self.mconf.generation}"
+            raise Deposed(text, retry=True)
         flush_lsn = message.flush_lsn
         if flush_lsn > member.sent_lsn:
             # after a WAL switch record the end of the last record is the end of its segment, of which the rest is still to come
@@ -277,7 +282,8 @@ class Proposer:
         member.generation = message.mconf.generation
         if message.mconf.generation > self.mconf.generation:
             if self.phase is not Phase.COLLECTING_TERMS:
-                raise Deposed(f"membership generation {message.mconf.generation} replaced ours, {self.mconf.generation}")
+                text = f"membership generation {message.mconf.generation} replaced ours, {self.mconf.generation}"
+                raise Deposed(text, retry=True)
             self.mconf = message.mconf
             self._sets = self._voter_sets()
         if self.phase is Phase.ELECTED and message.term > self.term:
@@ -323,12 +329,14 @@ class Proposer:
         if member.phase is not MemberPhase.WAIT_VERDICT:
             raise ProtocolViolation("vote out of turn")
         if message.term > self.term:
-            raise Deposed(f"safekeeper {member.node_id} has promised term {message.term}, ours is {self.term}")
+            text = f"safekeeper {member.node_id} has promised term {message.term}, ours is {self.term}"
+            raise Deposed(text, retry=self.phase is Phase.CAMPAIGN)
         if message.term < self.term or message.generation != self.mconf.generation:
             raise ProtocolViolation(f"vote for term {message.term} of generation {message.generation} was not asked for")
         # A node that already promised us this term refuses it the second time, after a reconnection: its vote is ours still.
         if not message.vote_given and not member.promised and self.phase is Phase.CAMPAIGN:
-            raise Deposed(f"safekeeper {member.node_id} gave its vote for term {self.term} to another proposer")
+            text = f"safekeeper {member.node_id} gave its vote for term {self.term} to another proposer"
+            raise Deposed(text, retry=True)
         member.promised = member.promised or message.vote_given
         member.vote = message
         member.phase = MemberPhase.WAIT_ELECTED
