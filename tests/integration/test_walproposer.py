@@ -23,7 +23,7 @@ async def until(condition: Callable[[], Any], what: str, timeout: float = 20.0) 
     """Wait for a condition, looking every few milliseconds."""
     try:
         async with asyncio.timeout(timeout):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - the conditions are in other processes
                 await asyncio.sleep(0.01)
     except TimeoutError:
         raise AssertionError(f"timed out waiting for {what}") from None

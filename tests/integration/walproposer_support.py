@@ -153,6 +153,7 @@ class PlainPostgres:
             "shared_buffers": "32MB",
             "wal_sender_timeout": "5s",
             "restart_after_crash": "off",
+            "wal_keep_size": "1GB",
         }
         with (self.data / "postgresql.conf").open("a") as conf:
             conf.writelines(f"{name} = {value}\n" for name, value in settings.items())
