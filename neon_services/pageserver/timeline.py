@@ -20,6 +20,7 @@ import numpy as np
 
 from neon_services.ground.errors import Cancelled
 from neon_services.ground.ids import TenantId, TimelineId
+from neon_services.pageserver.image_creation import create_image_layers
 from neon_services.pageserver.index_part import IndexPart, LayerMetadata, naive_now
 from neon_services.pageserver.layers.delta import write_level0
 from neon_services.pageserver.layers.in_memory import InMemoryLayer
@@ -178,6 +179,14 @@ class Timeline:
         self.deleted_at = index.deleted_at
         self.index_extra = index.extra
 
+    def new_layer(self, name: LayerName, size: int) -> Layer:
+        """A layer file that this timeline has just written."""
+        return self._layer(name, self.resources.generation, size, True)
+
+    async def create_image_layers(self) -> list[Layer]:
+        """Flush and write image layers of everything at ``disk_consistent_lsn``; see ``image_creation``."""
+        return await create_image_layers(self)
+
     def _layer(self, name: LayerName, generation: int, size: int, resident: bool, writer: str | None = None) -> Layer:
         assert self.resources.directory is not None
         shard = self.tenant_shard_id
@@ -311,7 +320,7 @@ class Timeline:
             name, size = await asyncio.get_running_loop().run_in_executor(
                 resources.environment.threads, self._write_level0, frozen
             )
-            added.append(self._layer(name, resources.generation, size, True))
+            added.append(self.new_layer(name, size))
         # no await from here to the end: readers see the rows in the file or in memory, never in both or in neither
         self.layer_map.replace(add=added)
         self._frozen.pop(0)
@@ -319,7 +328,7 @@ class Timeline:
         self._disk_consistent.advance(frozen.end_lsn - 1)
         if len(self._frozen) <= _FROZEN_LAYERS_MAX:
             self._room.set()
-        self._schedule_uploads(added)
+        self.schedule_uploads(added)
 
     def _write_level0(self, frozen: InMemoryLayer) -> tuple[LayerName, int]:
         resources = self.resources
@@ -356,7 +365,8 @@ class Timeline:
             extra=self.index_extra,
         )
 
-    def _schedule_uploads(self, layers: Sequence[Layer]) -> None:
+    def schedule_uploads(self, layers: Sequence[Layer]) -> None:
+        """Upload new layers and then the index that names them."""
         if self.uploads is not None:
             for layer in layers:
                 self.uploads.upload_layer(layer.remote_key, layer.path)
