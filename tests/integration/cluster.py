@@ -264,7 +264,9 @@ class Compute:
 class Cluster:
     """Broker, three safekeepers, a pageserver, and computes on demand."""
 
-    def __init__(self, base: Path, *, safekeepers: int = 3, remote_storage: str | None = None, major: int | None = None) -> None:
+    def __init__(
+        self, base: Path, *, safekeepers: int = 3, remote_storage: str | None = None, major: int | None = None
+    ) -> None:
         self.base = base
         self.major = major or installed_major()
         self.pg_version = self._server_version()
@@ -280,7 +282,9 @@ class Cluster:
         self.remote_storage = remote_storage or f"{{ local_path = '{base}/remote' }}"
         self.safekeepers = [self._make_safekeeper(i + 1) for i in range(safekeepers)]
         self.ps_pg_port, self.ps_http_port = free_port(), free_port()
-        self.pageserver = Process("pageserver", [str(SCRIPTS / "pageserver"), "-D", str(base / "pageserver")], base / "pageserver")
+        self.pageserver = Process(
+            "pageserver", [str(SCRIPTS / "pageserver"), "-D", str(base / "pageserver")], base / "pageserver"
+        )
 
     def _server_version(self) -> int:
         binary = f"/usr/lib/postgresql/{self.major}/bin/postgres"
