@@ -63,12 +63,41 @@ def systemd_argument(word: str) -> str:
     return text if text and all(c.isalnum() or c in "-_./:=@,+%$" for c in text) else f'"{text}"'
 
 
+def host_port(service: Mapping[str, Any]) -> str:
+    """``host:port`` of the Postgres wire of a service of the topology."""
+    host = str(service["host"])
+    return f"[{host}]:{service['pg_port']}" if ":" in host else f"{host}:{service['pg_port']}"
+
+
+def spec_roles(roles: list[Mapping[str, Any]], tenant_id: str) -> list[dict[str, Any]]:
+    """A compute spec's ``cluster.roles``, with verifiers in place of passwords."""
+    return [
+        {
+            "name": role["name"],
+            "encrypted_password": scram_verifier(role["password"], f"{tenant_id}/{role['name']}"),
+            "options": None,
+        }
+        for role in roles
+    ]
+
+
+def spec_settings(settings: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A compute spec's ``cluster.settings``; everything is a string there, which Postgres takes for any type."""
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            raise AnsibleFilterError(f"setting {name} is {value!r}: quote it as Postgres writes it, such as 'on'")
+    return [{"name": name, "value": str(value), "vartype": "string"} for name, value in sorted(settings.items())]
+
+
 class FilterModule:
     """Gives Ansible the filters by name."""
 
     def filters(self) -> dict[str, Any]:
         return {
             "scram_verifier": scram_verifier,
+            "neon_host_port": host_port,
+            "neon_spec_roles": spec_roles,
+            "neon_spec_settings": spec_settings,
             "to_toml": toml_document,
             "to_toml_value": toml_value,
             "to_systemd_argument": systemd_argument,
