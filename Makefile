@@ -5,30 +5,49 @@ VENV := .venv
 PG_MAJORS ?= $(notdir $(wildcard /usr/lib/postgresql/*))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export NEON_LIB_DIR := $(CURDIR)/build/lib
+export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
 
 help: ## Show this text
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.ready: requirements.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --require-hashes -r requirements.lock
-	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation -e .
+	@tools/install-packages venv
+	@echo "making the virtual environment $(VENV) from requirements.lock"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 venv: $(VENV)/.ready ## Make the virtual environment in this clone
 
+packages:
+	@tools/install-packages venv build test lab
+
 ext: ## Compile the Postgres libraries for every installed Postgres major
 	@for major in $(PG_MAJORS); do \
-	  if [ -x /usr/lib/postgresql/$$major/bin/pg_config ]; then \
+	  if [ -x /usr/lib/postgresql/$$major/bin/pg_config ] && [ -d /usr/include/postgresql/$$major/server ]; then \
 	    $(MAKE) --no-print-directory -C postgres_ext PG_CONFIG=/usr/lib/postgresql/$$major/bin/pg_config OUT=$(CURDIR)/build/lib/pg$$major || exit 1; \
 	  fi; done
 
-lint: venv ## Check style and types
-	ruff check neon_services tests
-	ruff format --check neon_services tests
+lint: venv ## Check style, types and playbooks
+	ruff check neon_services tests lab library module_utils
+	ruff format --check neon_services tests lab library module_utils
 	mypy
 
+test: packages ## Install what the tests need and run them all
+	@$(MAKE) --no-print-directory venv
+	@$(MAKE) --no-print-directory ext
+	@$(MAKE) --no-print-directory lint
+	pytest -q --durations=15 tests
+	@$(MAKE) --no-print-directory molecule
+
+bench: venv ext ## Print the performance table as ratios (takes minutes; needs a quiet machine)
+	python -m tests.benchmarks
+
+simulate: venv ## Run SEEDS schedules of the consensus simulation (SEEDS=20000)
+	python -m neon_services.simulation --schedules $(or $(SEEDS),20000)
+
 -include lab.mk
-.PHONY: help venv ext lint
+.PHONY: help venv packages ext lint test bench simulate

@@ -428,9 +428,9 @@ class Cluster:
     def close(self) -> None:
         """End every process that this cluster started."""
         for compute in self.computes:
-            if compute.process.popen is not None:
-                if compute.process.running or (compute.pgdata / "postmaster.pid").exists():
-                    compute.kill_everything()
+            started = compute.process.popen is not None
+            if started and (compute.process.running or (compute.pgdata / "postmaster.pid").exists()):
+                compute.kill_everything()
         for process in [self.pageserver, *(s.process for s in self.safekeepers), self.broker]:
             process.kill()
 
