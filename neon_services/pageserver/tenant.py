@@ -55,7 +55,7 @@ class NodeResources:
     """What all tenants of the process share."""
 
     environment: LayerEnvironment
-    reconstructor: Reconstructor
+    reconstructor: Callable[[int], Reconstructor]  #: by Postgres major
     remote: RemoteStorage
     services: TimelineServices
     node_conf: dict[str, Any] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class Tenant:
             ancestor=ancestor,
             ancestor_lsn=index.ancestor_lsn,
             latest_gc_cutoff_lsn=index.latest_gc_cutoff_lsn,
-            resources=self._timeline_resources(timeline_id),
+            resources=self._timeline_resources(timeline_id, index.pg_version),
         )
         directory = self._make_directory(timeline_id)
         wanted = {name.local(metadata.generation): metadata.file_size for name, metadata in index.layers.items()}
@@ -172,9 +172,13 @@ class Tenant:
         timeline.load_index(index)
         return timeline
 
-    def _timeline_resources(self, timeline_id: TimelineId) -> TimelineResources:
+    def _timeline_resources(self, timeline_id: TimelineId, pg_version: int) -> TimelineResources:
         return TimelineResources(
-            self._node.environment, self._node.reconstructor, self._timeline_dir(timeline_id), self.generation, self.effective
+            self._node.environment,
+            self._node.reconstructor(pg_version),
+            self._timeline_dir(timeline_id),
+            self.generation,
+            self.effective,
         )
 
     def _timeline_dir(self, timeline_id: TimelineId) -> Path:
@@ -264,7 +268,7 @@ class Tenant:
                 pg_version=pg_version,
                 initdb_lsn=initdb_lsn,
                 disk_consistent_lsn=0,
-                resources=self._timeline_resources(timeline_id),
+                resources=self._timeline_resources(timeline_id, pg_version),
             )
             self._make_directory(timeline_id)
             timeline.start()  # uploads come later: an index of half an import must never exist
@@ -309,7 +313,7 @@ class Tenant:
             ancestor=ancestor,
             ancestor_lsn=lsn,
             latest_gc_cutoff_lsn=ancestor.latest_gc_cutoff_lsn,
-            resources=self._timeline_resources(timeline_id),
+            resources=self._timeline_resources(timeline_id, ancestor.pg_version),
         )
         self._make_directory(timeline_id)
         self._apply_mode(timeline)
@@ -331,6 +335,11 @@ class Tenant:
         await self._node.services.stopping(timeline)
         await timeline.mark_deleted()
         self._delete_in_background(timeline)
+
+    async def deletion_done(self, timeline_id: TimelineId) -> None:
+        """Return when a deletion that is under way has finished."""
+        if timeline_id in self._deleting:
+            await asyncio.shield(self._deleting[timeline_id])
 
     def _delete_in_background(self, timeline: Timeline) -> None:
         task = asyncio.get_running_loop().create_task(self._delete(timeline), name=f"delete {timeline}")
