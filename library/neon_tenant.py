@@ -50,8 +50,8 @@ class TenantError(Exception):
 def plan(current: dict[str, Any] | None, desired: dict[str, Any]) -> dict[str, Any] | None:
     """The location_config to put, or None when the pageserver has it already.
 
-    ``current`` is the pageserver's answer (None: it does not have the tenant). Raises TenantError for a generation that is lower
-    than the current one.
+    ``current`` is the pageserver's answer (None: it does not have the tenant). Raises TenantError for a generation lower than
+    the current one.
     """
     if current is None or current.get("mode") == "Detached":
         return desired

@@ -14,9 +14,9 @@ DOCUMENTATION = r"""
 module: neon_timeline
 short_description: Have a timeline on its pageserver and on its safekeepers
 description:
-  - Bootstraps the timeline or branches it from another, then registers it with every safekeeper at the position where it starts.
-  - A run that was cut off anywhere is finished by the next. A safekeeper that lacks a timeline which has WAL already gets it from
-    the others; it is never made empty.
+  - Bootstraps the timeline or branches it from another, then registers it with every safekeeper at the point where it starts.
+  - A run that was cut off anywhere is finished by the next. A safekeeper that lacks a timeline which has WAL already gets it
+    from the others; it is never made empty.
 options:
   pageserver:
     description: URL of the HTTP API of the pageserver that has the tenant.
