@@ -1,0 +1,180 @@
+"""A safekeeper of the simulation: the production acceptor on a simulated disk, which may crash before and after any effect."""
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from neon_services.consensus.acceptor import (
+    AcceptorState,
+    Effect,
+    FlushWal,
+    PeerInfo,
+    ProposerConnection,
+    TruncateWal,
+    WriteWal,
+)
+from neon_services.ground.errors import NeonError
+from neon_services.protocols.safekeeper_messages import (
+    AppendRequest,
+    MembershipConfiguration,
+    ProposerMessage,
+    VoteResponse,
+)
+from neon_services.simulation.network import Connection
+from neon_services.simulation.wal import SimulatedDisk
+
+if TYPE_CHECKING:
+    from neon_services.simulation.world import World
+
+
+class Crashed(Exception):
+    """The node lost power in the middle of something."""
+
+
+class SimulatedSafekeeper:
+    """One node."""
+
+    def __init__(self, world: "World", node_id: int, state: AcceptorState) -> None:
+        self.world = world
+        self.node_id = node_id
+        self.disk = SimulatedDisk(state)
+        self.up = False
+        self.sessions: dict[Connection, ProposerConnection] = {}
+        self.flush_due: set[Connection] = set()
+        self.boot()
+
+    def __str__(self) -> str:
+        return f"s{self.node_id}"
+
+    def boot(self) -> None:
+        """Start on what the disk holds."""
+        if self.up:
+            return
+        self.up = True
+        world = self.world
+        self.acceptor = world.kinds.acceptor(self.node_id, world.ttid, self.disk.state, self.disk.wal)
+        self.seen_term = self.seen_commit = 0
+        world.trace(
+            "%s boots: term %d, flush %d, commit %d",
+            self,
+            self.acceptor.term,
+            self.acceptor.flush_lsn,
+            self.disk.state.commit_lsn,
+        )
+        world.checker.acceptor(self)
+
+    def crash(self) -> None:
+        """Lose the memory, and of the unsynced log a random end."""
+        world = self.world
+        self.up = False
+        self.disk.wal.crash(world.random)
+        world.stats.crashes += 1
+        world.trace("%s crashes; %d bytes of log survive", self, len(self.disk.wal.data))
+        for connection in list(self.sessions):
+            connection.close_by_safekeeper()
+        self.sessions.clear()
+        self.flush_due.clear()
+        world.after(world.random.randint(10_000, 400_000), self.boot)
+
+    # -- connections
+
+    def accept(self, connection: Connection) -> None:
+        """A proposer has connected."""
+        self.sessions[connection] = ProposerConnection(str(connection))
+
+    def closed(self, connection: Connection) -> None:
+        """A connection ended: what came over it is flushed."""
+        session = self.sessions.pop(connection, None)
+        self.flush_due.discard(connection)
+        if session is not None and self.up:
+            self._run(self.acceptor.flush_on_disconnect(session))
+
+    def deliver(self, connection: Connection, message: ProposerMessage) -> None:
+        """One message from a proposer."""
+        session = self.sessions.get(connection)
+        if session is None or not self.up:
+            return
+        world = self.world
+        world.trace("%s <- %s: %s", self, connection.proposer, message)
+        try:
+            replies = self._run(self.acceptor.handle(session, message))
+        except NeonError as error:
+            world.trace("%s refuses: %s", self, error)
+            connection.close_by_safekeeper()
+            self.closed(connection)
+            return
+        if replies is None:
+            return
+        for reply in replies:
+            if isinstance(reply, VoteResponse):
+                world.checker.vote(self, reply)
+            connection.send_to_proposer(reply)
+        if isinstance(message, AppendRequest) and connection not in self.flush_due:
+            self.flush_due.add(connection)
+            world.after(world.random.randint(0, 4000), self._flush, connection)
+
+    def _flush(self, connection: Connection) -> None:
+        session = self.sessions.get(connection)
+        if session is None or connection not in self.flush_due:
+            return
+        self.flush_due.discard(connection)
+        for reply in self._run(self.acceptor.flush_batch(session)) or ():
+            connection.send_to_proposer(reply)
+
+    # -- the rest of the process
+
+    def gossip(self, peer: PeerInfo) -> None:
+        """What the broker brings."""
+        if self.up:
+            self.acceptor.peer_info(peer)
+            self.world.checker.acceptor(self)
+
+    def peer_info(self) -> PeerInfo:
+        """What the broker takes."""
+        a = self.acceptor
+        return PeerInfo(a.last_log_term, a.commit_lsn, a.backup_lsn, a.remote_consistent_lsn, a.peer_horizon_lsn)
+
+    def save(self) -> None:
+        """The manager's lazy save."""
+        if self.up:
+            self._run(self.acceptor.persist_volatile())
+
+    def switch(self, mconf: MembershipConfiguration) -> bool:
+        """The control plane brings a membership configuration. True when it is in force here."""
+        if not self.up:
+            return False
+        try:
+            return self._run(self.acceptor.membership_switch(mconf)) is not None
+        except NeonError:
+            return False
+
+    def _run(self, steps: Generator[Effect, Any, Any]) -> Any:
+        """Carry out one method; None when the node crashed meanwhile."""
+        try:
+            result = self._carry_out(steps)
+        except Crashed:
+            return None
+        self.world.checker.acceptor(self)
+        return result
+
+    def _carry_out(self, steps: Generator[Effect, Any, Any]) -> Any:
+        outcome: Any = None
+        while True:
+            try:
+                effect = steps.send(outcome)
+            except StopIteration as done:
+                return done.value
+            self._maybe_crash(effect)
+            self.world.checker.effect(self, effect)
+            outcome = self.disk.perform(effect)
+            self._maybe_crash(effect)
+
+    def _maybe_crash(self, effect: Effect) -> None:
+        world = self.world
+        if world.random.random() < world.profile.crash_at_effect[type(effect)]:
+            world.trace("%s loses power at %s", self, type(effect).__name__)
+            self.crash()
+            raise Crashed
+
+
+#: Crashes are much likelier around the rare steps that a promise hangs on.
+CRASH_WEIGHT: dict[type[Any], float] = {WriteWal: 0.2, FlushWal: 1.0, TruncateWal: 4.0}

@@ -1,0 +1,300 @@
+"""The deterministic world: one seed gives the clock, the network, the crashes and the schedule.
+
+Only the production state machines decide; everything here is weather. A schedule has an unruly part and an end in which all
+faults stop: then everything that was ever acknowledged must still be there, and work must go on.
+"""
+
+import heapq
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from neon_services.consensus.acceptor import (
+    Acceptor,
+    AcceptorState,
+    FlushWal,
+    InitializeWal,
+    PersistState,
+    TruncateWal,
+    WriteWal,
+)
+from neon_services.consensus.proposer import Proposer
+from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
+from neon_services.ground.lsn import Lsn
+from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP, MembershipConfiguration, SafekeeperId
+from neon_services.simulation.checker import Checker, InvariantViolation
+from neon_services.simulation.network import Connection
+from neon_services.simulation.proposer import SimulatedProposer
+from neon_services.simulation.safekeeper import CRASH_WEIGHT, SimulatedSafekeeper
+
+TTID = TenantTimelineId(TenantId(bytes(16)), TimelineId(bytes(15) + b"\x01"))
+START_LSN = Lsn(4096)
+SETTLE_LIMIT_US = 60_000_000
+EFFECTS: tuple[type[Any], ...] = (FlushWal, WriteWal, TruncateWal, InitializeWal, PersistState)
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """The state machines under test; the tests put broken ones here to see that they are caught."""
+
+    proposer: type[Proposer] = Proposer
+    acceptor: type[Acceptor] = Acceptor
+
+
+@dataclass(slots=True)
+class Stats:
+    """That a schedule did something."""
+
+    events: int = 0
+    elections: int = 0
+    commits: int = 0
+    committed_bytes: int = 0
+    unruly_commits: int = 0
+    crashes: int = 0
+    deposed: int = 0
+    broken: int = 0
+
+
+@dataclass(slots=True)
+class Profile:
+    """The weather of one schedule."""
+
+    nodes: int
+    #: Without membership generations; the safekeepers start empty.
+    legacy: bool
+    duration_us: int
+    delay_us: tuple[int, int]
+    #: Mean time between two of the events that break things.
+    gap_us: int
+    write_gap_us: int
+    connect_failure: float
+    crash_at_effect: dict[type[Any], float]
+    #: Relative frequency of what breaks.
+    weights: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Profile":
+        """Choose a weather."""
+        crash = rng.choice((0.0, 0.002, 0.005, 0.01))
+        return cls(
+            nodes=5 if rng.random() < 0.2 else 3,
+            legacy=rng.random() < 0.2,
+            duration_us=rng.randint(800_000, 3_000_000),
+            delay_us=rng.choice(((100, 2000), (500, 10_000), (1000, 60_000))),
+            gap_us=rng.choice((15_000, 40_000, 100_000)),
+            write_gap_us=rng.choice((5_000, 20_000, 80_000)),
+            connect_failure=rng.choice((0.0, 0.1, 0.5)),
+            crash_at_effect={effect: crash * CRASH_WEIGHT.get(effect, 4.0) for effect in EFFECTS},
+            weights={
+                "crash": rng.choice((0.2, 1, 3)),
+                "break": rng.choice((0.5, 2, 4)),
+                "partition": rng.choice((0, 1, 3)),
+                "propose": rng.choice((0.5, 1, 3)),
+                "kill": rng.choice((0.5, 1, 2)),
+                "gossip": 2,
+                "save": 1,
+            },
+        )
+
+
+class World:
+    """One schedule. ``run()`` raises InvariantViolation, which names the seed."""
+
+    def __init__(self, seed: int, *, kinds: Kinds | None = None, log: Callable[[str], None] | None = None) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.kinds = kinds or Kinds()
+        self.log = log
+        self.ttid = TTID
+        self.start_lsn = START_LSN
+        self.now_us = 0
+        self.stats = Stats()
+        self.profile = Profile.draw(self.random)
+        self.checker = Checker(self)
+        self.writing = True
+        self._events: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._sequence = 0
+        self._calm = False
+        self._partitions: dict[tuple[int, int], int] = {}
+        self._connections: list[Connection] = []
+        self._records = 0
+        self.proposers: list[SimulatedProposer] = []
+        self.nodes = [SimulatedSafekeeper(self, i + 1, state) for i, state in enumerate(self._initial_states())]
+
+    def _initial_states(self) -> list[AcceptorState]:
+        profile = self.profile
+        if profile.legacy:
+            return [AcceptorState() for _ in range(profile.nodes)]
+        members = tuple(SafekeeperId(i + 1, f"s{i + 1}", 5454) for i in range(profile.nodes))
+        states = []
+        for _ in members:
+            # some members lag by a generation and must learn the newest one from the proposer's greeting
+            generation = 1 if self.random.random() < 0.2 else 2
+            mconf = MembershipConfiguration(generation, members) if generation else NO_MEMBERSHIP
+            start = self.start_lsn
+            states.append(AcceptorState.create(mconf, pg_version=150000, system_id=0, wal_seg_size=1 << 24, start_lsn=start))
+        return states
+
+    # -- time
+
+    def at(self, time_us: int, action: Callable[..., None], *arguments: Any) -> None:
+        """Do something at a time."""
+        self._sequence += 1
+        heapq.heappush(self._events, (time_us, self._sequence, action, arguments))
+
+    def after(self, delay_us: int, action: Callable[..., None], *arguments: Any) -> None:
+        """Do something later."""
+        self.at(self.now_us + delay_us, action, *arguments)
+
+    def trace(self, text: str, *values: object) -> None:
+        """A line for the reader of a replayed seed."""
+        if self.log is not None:
+            self.log(f"{self.now_us / 1000:9.3f} ms  {text % values}")
+
+    def _run_until(self, time_us: int, done: Callable[[], bool] | None = None) -> bool:
+        events = self._events
+        while events and events[0][0] <= time_us:
+            self.now_us, _, action, arguments = heapq.heappop(events)
+            self.stats.events += 1
+            action(*arguments)
+            if done is not None and done():
+                return True
+        self.now_us = max(self.now_us, time_us)
+        return False
+
+    # -- what the inhabitants ask
+
+    def delay_us(self) -> int:
+        """How long something takes to arrive."""
+        low, high = self.profile.delay_us
+        return low + int(self.random.random() * (high - low))
+
+    def connection(self, proposer: SimulatedProposer, slot: int, node: SimulatedSafekeeper) -> Connection:
+        """A new connection."""
+        made = Connection(self, len(self._connections), proposer, slot, node)
+        self._connections.append(made)
+        return made
+
+    def blocked_until(self, connection: Connection) -> int:
+        """When a partition lets this connection's messages through again."""
+        return self._partitions.get((connection.proposer.number, connection.node.node_id), 0) if self._partitions else 0
+
+    def unreachable(self, proposer: SimulatedProposer, node: SimulatedSafekeeper) -> bool:
+        """Whether a partition parts the two."""
+        return self._partitions.get((proposer.number, node.node_id), 0) > self.now_us
+
+    def record(self, term: int) -> bytes:
+        """A new record, unlike all others."""
+        self._records += 1
+        units = 1 + int(self.random.random() * 5)
+        return bytes((units, term & 0xFF)) + self._records.to_bytes(6, "big") + bytes((term & 0xFF,)) * (units * 8 - 8)
+
+    # -- the schedule
+
+    def run(self) -> Stats:
+        """Run the schedule to its end."""
+        self._spawn(sync=False)
+        self.after(300_000, self._unrest)
+        self._run_until(self.profile.duration_us)
+        self.stats.unruly_commits = self.stats.commits
+        self._settle()
+        if not self.stats.elections or not self.stats.commits:
+            raise InvariantViolation(f"seed {self.seed}: nothing was elected or committed: this schedule proves nothing")
+        return self.stats
+
+    def _spawn(self, *, sync: bool) -> SimulatedProposer:
+        made = SimulatedProposer(self, len(self.proposers) + 1, sync=sync)
+        self.proposers.append(made)
+        self.trace("%s starts%s", made, " (sync)" if sync else "")
+        return made
+
+    def _alive(self) -> list[SimulatedProposer]:
+        return [proposer for proposer in self.proposers if proposer.alive]
+
+    def _unrest(self) -> None:
+        """One event that breaks something, and the time of the next."""
+        if self._calm:
+            return
+        rng, weights = self.random, self.profile.weights
+        (what,) = rng.choices(list(weights), list(weights.values()))
+        getattr(self, f"_{what}")()
+        if not self._alive():
+            self._spawn(sync=rng.random() < 0.2)
+        self.after(int(rng.expovariate(1 / self.profile.gap_us)) + 1, self._unrest)
+
+    def _crash(self) -> None:
+        up = [node for node in self.nodes if node.up]
+        if up:
+            self.random.choice(up).crash()
+
+    def _break(self) -> None:
+        live = [connection for proposer in self._alive() for connection in proposer.connections.values()]
+        if live:
+            self.stats.broken += 1
+            chosen = self.random.choice(live)
+            self.trace("%s breaks", chosen)
+            chosen.break_off()
+
+    def _partition(self) -> None:
+        until = self.now_us + self.random.randint(20_000, 500_000)
+        alive = self._alive()
+        if not alive:
+            return
+        proposer = self.random.choice(alive)
+        for node in self.random.sample(self.nodes, self.random.randint(1, len(self.nodes) - 1)):
+            self._partitions[proposer.number, node.node_id] = until
+            self.trace("%s and %s are parted until %.1f ms", proposer, node, until / 1000)
+
+    def _propose(self) -> None:
+        if len(self._alive()) < 3:
+            self._spawn(sync=self.random.random() < 0.2)
+
+    def _kill(self) -> None:
+        alive = self._alive()
+        if alive:
+            self.random.choice(alive).die("killed")
+
+    def _gossip(self) -> None:
+        source, target = self.random.sample(self.nodes, 2)
+        if source.up:
+            self.after(self.delay_us(), target.gossip, source.peer_info())
+
+    def _save(self) -> None:
+        self.random.choice(self.nodes).save()
+
+    # -- the end
+
+    def _settle(self) -> None:
+        """All faults stop: what was committed is there, and work goes on."""
+        self.trace("all faults stop; committed up to %d", self.checker.committed_lsn)
+        self._calm = True
+        self._partitions.clear()
+        self.profile.connect_failure = 0.0
+        self.profile.delay_us = (100, 1000)
+        self.profile.write_gap_us = 3000
+        self.profile.crash_at_effect = dict.fromkeys(EFFECTS, 0.0)
+        for proposer in self._alive():
+            proposer.die("the unruly part is over")
+        for node in self.nodes:
+            node.boot()
+        sync = self._until("sync-safekeepers", True, lambda p: p.synchronised is not None)
+        if sync.synchronised:
+            self.checker.require(sync.synchronised >= self.checker.committed_lsn, "the end lost committed WAL")
+        goal = self.checker.committed_lsn + 1
+        last = self._until("a new leader commits", False, lambda p: p.core.commit_lsn >= goal)
+        self.writing = False
+        limit = self.now_us + SETTLE_LIMIT_US
+        level = self._run_until(limit, lambda: all(n.acceptor.flush_lsn == last.end_lsn for n in self.nodes))
+        self.checker.require(level, "the safekeepers did not catch up to %d", last.end_lsn)
+        self.checker.final()
+
+    def _until(self, what: str, sync: bool, done: Callable[[SimulatedProposer], bool]) -> SimulatedProposer:
+        """Run proposers, each after the former was deposed, until one is done."""
+        limit = self.now_us + SETTLE_LIMIT_US
+        while self.now_us < limit:
+            proposer = self._spawn(sync=sync)
+            self._run_until(limit, lambda proposer=proposer: done(proposer) or not proposer.alive)  # type: ignore[misc]
+            if done(proposer):
+                return proposer
+        raise InvariantViolation(f"seed {self.seed}: no progress after all faults stopped: {what}")
