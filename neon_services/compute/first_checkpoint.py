@@ -16,22 +16,20 @@ from neon_services.ground.lsn import (
     TLI,
     XLOG_BLCKSZ,
     Lsn,
-    align_lsn,
     page_header_size,
     parse_lsn,
     segment_file_name,
     segment_number,
-    skip_page_header,
 )
+from neon_services.wal.framing import build_page_header, build_shutdown_checkpoint_record, place_record, record_start
 
-XLOG_PAGE_MAGIC = {15: 0xD110, 16: 0xD113, 17: 0xD116}
+SUPPORTED_MAJORS = (15, 16, 17)  # the layout of pg_control and CheckPoint below was checked for these
 CONTROL_FILE_SIZE = 8192
 _CONTROL_CRC_OFFSET = 288
 _STATE_OFFSET, _TIME_OFFSET, _CHECKPOINT_OFFSET, _COPY_OFFSET = 16, 24, 32, 40
 _SEGMENT_SIZE_OFFSET, _CHECKSUMS_OFFSET = 228, 252
 _CHECKPOINT_SIZE = 88
 _STATE_SHUTDOWNED = 1
-_FIRST_IS_CONTRECORD, _LONG_HEADER = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +78,16 @@ def parse_previous_lsn(signal: str | None) -> Lsn:
 
 def make_first_checkpoint(control: bytes, base_lsn: Lsn, previous_lsn: Lsn, major: int) -> FirstCheckpoint:
     """Place the record after ``base_lsn``, with ``xl_prev`` = ``previous_lsn``, from the basebackup's pg_control."""
-    if major not in XLOG_PAGE_MAGIC:
-        raise NeonError(f"the timeline is of Postgres {major}; computes of {sorted(XLOG_PAGE_MAGIC)} are supported")
+    if major not in SUPPORTED_MAJORS:
+        raise NeonError(f"the timeline is of Postgres {major}; computes of {SUPPORTED_MAJORS} are supported")
     if len(control) != CONTROL_FILE_SIZE:
         raise ProtocolViolation(f"pg_control in the basebackup has {len(control)} bytes, not {CONTROL_FILE_SIZE}")
     if crc32c.crc32c(control[:_CONTROL_CRC_OFFSET]) != struct.unpack_from("<I", control, _CONTROL_CRC_OFFSET)[0]:
         raise ProtocolViolation("pg_control in the basebackup fails its checksum")
-    position = skip_page_header(align_lsn(base_lsn))
     changed = bytearray(control)
     (system_id,) = struct.unpack_from("<Q", control, 0)
     (segment_size,) = struct.unpack_from("<I", control, _SEGMENT_SIZE_OFFSET)
+    position = record_start(base_lsn, segment_size)
     (data_checksums,) = struct.unpack_from("<I", control, _CHECKSUMS_OFFSET)
 
     checkpoint = bytearray(control[_COPY_OFFSET : _COPY_OFFSET + _CHECKPOINT_SIZE])
@@ -102,27 +100,14 @@ def make_first_checkpoint(control: bytes, base_lsn: Lsn, previous_lsn: Lsn, majo
     changed[_COPY_OFFSET : _COPY_OFFSET + _CHECKPOINT_SIZE] = checkpoint
     struct.pack_into("<I", changed, _CONTROL_CRC_OFFSET, crc32c.crc32c(bytes(changed[:_CONTROL_CRC_OFFSET])))
 
-    record = _shutdown_checkpoint_record(bytes(checkpoint), previous_lsn)
-    segments = _lay_out(record, position, system_id, segment_size, XLOG_PAGE_MAGIC[major])
+    record = build_shutdown_checkpoint_record(bytes(checkpoint), prev_lsn=previous_lsn)
+    segments = _segments(record, position, system_id, segment_size, major)
     return FirstCheckpoint(
         Lsn(position), system_id, data_checksums, bytes(changed), segments, next_xid, next_multi, next_multi_offset
     )
 
 
-def _shutdown_checkpoint_record(checkpoint: bytes, previous_lsn: Lsn) -> bytes:
-    data = b"\xff" + bytes([len(checkpoint)]) + checkpoint  # one short block of main data
-    header = struct.pack("<IIQBBH", 24 + len(data), 0, previous_lsn, 0x00, 0, 0)  # XLOG_CHECKPOINT_SHUTDOWN of rmgr XLOG
-    return header + struct.pack("<I", crc32c.crc32c(data + header)) + data
-
-
-def _page_header(page: int, remaining: int, system_id: int, segment_size: int, magic: int) -> bytes:
-    long = page % segment_size == 0
-    info = (_FIRST_IS_CONTRECORD if remaining else 0) | (_LONG_HEADER if long else 0)
-    header = struct.pack("<HHIQI4x", magic, info, TLI, page, remaining)
-    return header + struct.pack("<QII", system_id, segment_size, XLOG_BLCKSZ) if long else header
-
-
-def _lay_out(record: bytes, position: Lsn, system_id: int, segment_size: int, magic: int) -> dict[str, bytes]:
+def _segments(record: bytes, position: Lsn, system_id: int, segment_size: int, major: int) -> dict[str, bytes]:
     """The one or two segments with the record at ``position``, all else before it zero except page headers."""
     images: dict[int, bytearray] = {}
 
@@ -131,19 +116,15 @@ def _lay_out(record: bytes, position: Lsn, system_id: int, segment_size: int, ma
         image[lsn % segment_size : lsn % segment_size + len(content)] = content
 
     def header(page: int, remaining: int) -> bytes:
-        return _page_header(page, remaining, system_id, segment_size, magic)
+        return build_page_header(
+            page, pg_major=major, system_identifier=system_id, remaining_len=remaining, segment_size=segment_size
+        )
 
     segment_start = position - position % segment_size
     page = position - position % XLOG_BLCKSZ
     put(segment_start, header(segment_start, 0))
     # what precedes the record on its page is declared the rest of a record, so that readers find this one first
     put(page, header(page, position - page - page_header_size(page, segment_size)))
-    at, left = int(position), record
-    while left:
-        room = XLOG_BLCKSZ - at % XLOG_BLCKSZ
-        put(at, left[:room])
-        at, left = at + len(left[:room]), left[room:]
-        if left:
-            put(at, header(at, len(left)))
-            at += page_header_size(at, segment_size)
+    for lsn, content in place_record(position, record, pg_major=major, system_identifier=system_id, segment_size=segment_size):
+        put(lsn, content)
     return {segment_file_name(number, segment_size): bytes(image) for number, image in images.items()}

@@ -1,0 +1,64 @@
+"""Child processes that do not outlive compute_ctl, and what a killed compute_ctl has left behind."""
+
+import ctypes
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from neon_services.ground.errors import NeonError
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+ORPHAN_GRACE_S = 5.0
+
+
+def die_with_parent(parent_pid: int, signal_name: str) -> Callable[[], None]:
+    """A function for the child between fork and exec: the kernel sends it the signal when its parent dies."""
+    number = getattr(signal, f"SIG{signal_name}")
+
+    def prepare() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+        if os.getppid() != parent_pid:  # it died before the kernel knew
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return prepare
+
+
+def _orphan_pid(pgdata: Path) -> int | None:
+    """The living postmaster of this data directory, verified by what it is and where it runs."""
+    try:
+        pid = int((pgdata / "postmaster.pid").read_text().split("\n", 1)[0])
+        program = Path(f"/proc/{pid}/exe").readlink().name.removesuffix(" (deleted)")
+        directory = Path(f"/proc/{pid}/cwd").stat()
+        here = pgdata.stat()
+    except (OSError, ValueError):
+        return None
+    same_place = (directory.st_dev, directory.st_ino) == (here.st_dev, here.st_ino)
+    return pid if program in ("postgres", "postmaster") and same_place and pid != os.getpid() else None
+
+
+def fence_orphan(pgdata: Path) -> int | None:
+    """Stop a postmaster that a killed compute_ctl has left, so that the port is free and nothing writes any more.
+
+    Its pid, or None when there was none. Raises NeonError when it cannot be stopped.
+    """
+    pid = _orphan_pid(pgdata)
+    if pid is None:
+        return None
+    log.warning("stopping the Postgres (pid %d) that an earlier run has left in %s", pid, pgdata)
+    try:
+        for number in (signal.SIGQUIT, signal.SIGKILL):
+            os.kill(pid, number)
+            deadline = time.monotonic() + ORPHAN_GRACE_S
+            while time.monotonic() < deadline:
+                if _orphan_pid(pgdata) != pid:
+                    return pid
+                time.sleep(0.01)
+    except ProcessLookupError:
+        return pid
+    raise NeonError(f"Postgres with pid {pid}, which an earlier run has left in {pgdata}, does not end")
