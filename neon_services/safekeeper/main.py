@@ -1,0 +1,235 @@
+"""``safekeeper``: Neon's command line for a safekeeper.
+
+Options of features that are not there yet are refused unless they say "off": an option that is accepted does something.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from neon_services import __version__
+from neon_services.ground.durable import replace_durably
+from neon_services.ground.errors import ConfigError
+from neon_services.ground.net import parse_host_port, parse_http_endpoint
+from neon_services.ground.process import PidFile, configure_logging, notify_systemd, run_service, wait_for_stop_signal
+from neon_services.ground.remote_storage import parse_remote_storage_option
+from neon_services.ground.units import parse_duration_ms
+from neon_services.safekeeper.config import SafekeeperConfig
+from neon_services.safekeeper.control_file import ControlFile
+from neon_services.safekeeper.server import SafekeeperServer
+
+log = logging.getLogger(__name__)
+
+ID_FILE = "safekeeper.id"
+PID_FILE = "safekeeper.pid"
+
+
+@dataclass(frozen=True)
+class _LaterOption:
+    """An option of Neon's whose feature is not there yet; ``off`` are the values that may be given."""
+
+    name: str
+    off: tuple[str, ...] = ()
+    takes_value: bool = True
+
+
+_LATER = (
+    _LaterOption("--listen-pg-tenant-only", ("",)),
+    _LaterOption("--listen-https", ("",)),
+    _LaterOption("--peer-recovery", ("false",)),
+    _LaterOption("--max-reelect-offloader-lag-bytes", ("0",)),
+    _LaterOption("--max-timeline-disk-usage-bytes", ("0",)),
+    _LaterOption("--max-global-disk-usage-ratio", ("0", "0.0")),
+    _LaterOption("--pg-auth-public-key-path", ("",)),
+    _LaterOption("--pg-tenant-only-auth-public-key-path", ("",)),
+    _LaterOption("--http-auth-public-key-path", ("",)),
+    _LaterOption("--auth-token-path", ("",)),
+    _LaterOption("--ssl-ca-file", ("",)),
+    _LaterOption("--hcc-base-url", ("",)),
+    _LaterOption("--max-delta-for-fanout"),
+    _LaterOption("--force-metric-collection-on-scrape", ("true",)),
+    _LaterOption("--enable-offload", takes_value=False),
+    _LaterOption("--delete-offloaded-wal", takes_value=False),
+    _LaterOption("--wal-reader-fanout", takes_value=False),
+    _LaterOption("--use-https-safekeeper-api", takes_value=False),
+    _LaterOption("--enable-tls-wal-service-api", takes_value=False),
+    _LaterOption("--enable-pull-timeline-on-startup", takes_value=False),
+)
+# they tune features that are off, so any value changes nothing
+_IRRELEVANT = (
+    "--max-offloader-lag",
+    "--global-disk-check-interval",
+    "--wal-backup-parallel-jobs",
+    "--partial-backup-timeout",
+    "--partial-backup-concurrency",
+    "--eviction-min-resident",
+    "--ssl-key-file",
+    "--ssl-cert-file",
+    "--ssl-cert-reload-period",
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options, with Neon's names and defaults. A repeated option: the last value wins."""
+    parser = argparse.ArgumentParser(
+        "safekeeper", description="Keeps WAL safe until it is in object storage", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("-D", "--datadir", default="./", help="the data directory")
+    add("--id", type=int, metavar="N", help="this node's id, unique for ever; needed once, then kept in safekeeper.id")
+    add("--init", action="store_true", help="write safekeeper.id and exit")
+    add("-l", "--listen-pg", default="127.0.0.1:5454", metavar="HOST:PORT", help="the WAL service")
+    add("--listen-http", default="127.0.0.1:7676", metavar="HOST:PORT", help="the HTTP API")
+    add("--advertise-pg", metavar="HOST:PORT", help="where others reach the WAL service (default: --listen-pg)")
+    add("--availability-zone", metavar="NAME")
+    add("-n", "--no-sync", action="store_true", help="never wait for the disk: WAL is not safe (for tests)")
+    add("--dump-control-file", metavar="PATH", help="print a control file as JSON and exit")
+    add("--broker-endpoint", default="http://127.0.0.1:50051", metavar="URL")
+    add("--broker-keepalive-interval", default="5000ms", metavar="DURATION")
+    add("--heartbeat-timeout", default="5000ms", metavar="DURATION", help="a peer silent for longer is forgotten")
+    add("--control-file-save-interval", default="300s", metavar="DURATION", help="how long progress may stay unsaved")
+    add("--disable-periodic-broker-push", action="store_true")
+    add("--walsenders-keep-horizon", action="store_true", help="keep WAL that a connected pageserver has not received")
+    add("--disable-wal-backup", action="store_true", help="do not upload WAL (there is no upload yet)")
+    add("--remote-storage", metavar="TOML", help="checked; this version does not upload WAL yet")
+    add("--log-format", choices=["plain", "json"], default="plain")
+    add("--current-thread-runtime", action="store_true", help="always so here")
+    add("--dev", action="store_true", help="accepted; changes nothing here")
+    add("--version", action="version", version=f"safekeeper {__version__}")
+    for option in _LATER:
+        if option.takes_value:
+            add(option.name, metavar="VALUE", help="not supported yet")
+        else:
+            add(option.name, action="store_true", help="not supported yet")
+    for name in _IRRELEVANT:
+        add(name, metavar="VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
+def _refuse_later_options(arguments: argparse.Namespace) -> None:
+    for option in _LATER:
+        value = getattr(arguments, option.name.removeprefix("--").replace("-", "_"))
+        if value is None or value is False or value in option.off:
+            continue
+        raise ConfigError(f"{option.name} is not supported yet: leave it out")
+    if arguments.remote_storage:
+        parse_remote_storage_option(arguments.remote_storage)
+        if not arguments.disable_wal_backup:
+            log.warning("--remote-storage: this version does not upload WAL yet, so no WAL is ever removed from the disk")
+
+
+def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> SafekeeperConfig:
+    """Check the options. Raises ConfigError."""
+
+    def seconds(option: str) -> float:
+        value = parse_duration_ms(getattr(arguments, option.removeprefix("--").replace("-", "_")), what=option) / 1000
+        if value <= 0:
+            raise ConfigError(f"{option} must be longer than 0")
+        return value
+
+    parse_http_endpoint(arguments.broker_endpoint, what="--broker-endpoint")
+    advertise_pg = arguments.advertise_pg or arguments.listen_pg
+    parse_host_port(advertise_pg, what="--advertise-pg")
+    return SafekeeperConfig(
+        datadir=datadir,
+        node_id=node_id,
+        listen_pg=parse_host_port(arguments.listen_pg, what="--listen-pg"),
+        listen_http=parse_host_port(arguments.listen_http, what="--listen-http"),
+        advertise_pg=advertise_pg,
+        http_connstr=arguments.listen_http,
+        availability_zone=arguments.availability_zone or None,
+        broker_endpoint=arguments.broker_endpoint,
+        broker_keepalive_interval_ms=round(seconds("--broker-keepalive-interval") * 1000),
+        heartbeat_timeout_s=seconds("--heartbeat-timeout"),
+        control_file_save_interval_s=seconds("--control-file-save-interval"),
+        periodic_broker_push=not arguments.disable_periodic_broker_push,
+        walsenders_keep_horizon=arguments.walsenders_keep_horizon,
+        sync=not arguments.no_sync,
+    )
+
+
+def read_or_write_id(datadir: Path, wanted: int | None) -> int:
+    """The node id of this data directory, written there the first time. Raises ConfigError when it does not fit."""
+    path = datadir / ID_FILE
+    if wanted is not None and not 0 <= wanted < 1 << 64:
+        raise ConfigError(f"--id: {wanted} is not a number from 0 to {(1 << 64) - 1}")
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        if wanted is None:
+            raise ConfigError(f"{path} does not exist: this is a new safekeeper, give it an id with --id") from None
+        replace_durably(path, str(wanted).encode())
+        return wanted
+    except UnicodeDecodeError:
+        text = ""
+    if not text.isdecimal():
+        raise ConfigError(f"{path} does not hold a number: write this safekeeper's id into it")
+    if wanted is not None and int(text) != wanted:
+        raise ConfigError(
+            f"--id {wanted} does not fit: {path} says {int(text)}. A node id is never changed: use the right data directory, "
+            f"or leave --id out"
+        )
+    return int(text)
+
+
+def dump_control_file(path: Path) -> int:
+    """Print a control file as JSON. Raises ConfigError or CorruptionError."""
+    try:
+        print(json.dumps(ControlFile.load(path).to_json(), indent=2))
+    except OSError as error:
+        raise ConfigError(f"--dump-control-file: {path}: {error.strerror or error}") from error
+    return 0
+
+
+def _enter_datadir(text: str) -> Path:
+    datadir = Path(text).absolute()
+    try:
+        os.chdir(datadir)
+    except OSError as error:
+        raise ConfigError(f"--datadir: {datadir}: {error.strerror or error}") from error
+    return datadir
+
+
+async def _serve(arguments: argparse.Namespace) -> int:
+    if arguments.dump_control_file is not None:
+        return dump_control_file(Path(arguments.dump_control_file))
+    _refuse_later_options(arguments)
+    datadir = _enter_datadir(arguments.datadir)
+    lock = PidFile(datadir / PID_FILE)
+    node_id = read_or_write_id(datadir, arguments.id)
+    if arguments.init:
+        print(f"safekeeper {node_id} is initialized in {datadir}")
+        return 0
+    config = read_config(arguments, datadir, node_id)
+    server = SafekeeperServer(config)
+    await server.start()
+    log.info("safekeeper %d: WAL service on %s, HTTP on %s", node_id, arguments.listen_pg, arguments.listen_http)
+    notify_systemd("READY=1")
+    stop_signal = asyncio.create_task(wait_for_stop_signal())
+    failure = asyncio.create_task(server.wait())
+    await asyncio.wait({stop_signal, failure}, return_when=asyncio.FIRST_COMPLETED)
+    notify_systemd("STOPPING=1")
+    if stop_signal.done():
+        log.info("got %s, stopping", stop_signal.result().name)
+    await server.stop()
+    del lock
+    if failure.done() and not stop_signal.done():
+        await failure
+    failure.cancel()
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 after a stop signal, 2 for wrong options, 1 when anything else ends the process."""
+    arguments = make_parser().parse_args(argv)
+    configure_logging(arguments.log_format)
+    return run_service(lambda: _serve(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""The safekeeper's process-wide metrics, by Neon's names. Those of each timeline are in timeline_metrics.py."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_FAST = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+_BYTES = (128, 512, 1024, 4096, 8192, 16384, 65536, 131072, 262144, 1048576)
+
+WRITE_WAL_BYTES = Histogram("safekeeper_write_wal_bytes", "Bytes of WAL written in one batch", buckets=_BYTES)
+WRITE_WAL_SECONDS = Histogram("safekeeper_write_wal_seconds", "Seconds of one write of WAL without sync", buckets=_FAST)
+FLUSH_WAL_SECONDS = Histogram("safekeeper_flush_wal_seconds", "Seconds of one durable write of WAL", buckets=_FAST)
+PERSIST_CONTROL_FILE_SECONDS = Histogram(
+    "safekeeper_persist_control_file_seconds", "Seconds of one replacement of a control file", buckets=_FAST
+)
+WAL_DISK_IO_ERRORS = Counter("safekeeper_wal_disk_io_errors", "Failed operations on WAL segments")
+REMOVED_WAL_SEGMENTS = Counter("safekeeper_removed_wal_segments", "WAL segments removed")
+
+PROPOSER_ACCEPTOR_MESSAGES = Counter(
+    "safekeeper_proposer_acceptor_messages", "Messages of proposers, by what became of them", ["outcome"]
+)
+PG_QUERIES_RECEIVED = Counter("safekeeper_pg_queries_received", "Commands received on the WAL port", ["query"])
+PG_QUERIES_FINISHED = Counter("safekeeper_pg_queries_finished", "Commands finished on the WAL port", ["query"])
+WAL_RECEIVERS = Gauge("safekeeper_wal_receivers", "Open connections of proposers")
+WAL_READERS = Gauge("safekeeper_wal_readers", "Open readers of WAL", ["kind", "target"])
+RECEIVED_PS_FEEDBACKS = Counter("safekeeper_received_ps_feedbacks", "Feedback messages of pageservers")
+
+BROKER_PUSHED_UPDATES = Counter("safekeeper_broker_pushed_updates", "Timeline infos sent to the broker")
+BROKER_PULLED_UPDATES = Counter("safekeeper_broker_pulled_updates", "Timeline infos received from the broker")
+BROKER_PUSH_UPDATE_SECONDS = Histogram("safekeeper_broker_push_update_seconds", "Seconds to push one timeline's info")
+BROKER_ITERATION_TIMELINES = Histogram(
+    "safekeeper_broker_iteration_timelines", "Timelines pushed in one round", buckets=(0, 1, 10, 100, 1000, 10000)
+)
+MANAGER_ITERATIONS = Counter("safekeeper_manager_iterations", "Times a timeline was looked at by the manager")
+MANAGER_ACTIVE_CHANGES = Counter("safekeeper_manager_active_changes", "Times a timeline became active or inactive")

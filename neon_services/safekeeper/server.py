@@ -1,0 +1,78 @@
+"""A running safekeeper: data directory, WAL service, HTTP API and background loops."""
+
+import asyncio
+import logging
+
+from neon_services.ground.durable import sync_filesystem
+from neon_services.ground.errors import ConfigError, NeonError
+from neon_services.ground.http import serve
+from neon_services.protocols.pgserver import PgServer
+from neon_services.safekeeper.broker_loops import BrokerLoops
+from neon_services.safekeeper.config import SafekeeperConfig
+from neon_services.safekeeper.http_api import HttpApi
+from neon_services.safekeeper.manager import Manager
+from neon_services.safekeeper.timelines import Timelines
+from neon_services.safekeeper.wal_service import WalServiceHandler
+from neon_services.storage_broker.client import BrokerClient
+
+log = logging.getLogger(__name__)
+
+
+class SafekeeperServer:
+    """Starts and stops everything. The caller holds the lock of the data directory."""
+
+    def __init__(self, config: SafekeeperConfig) -> None:
+        self._config = config
+        self.timelines = Timelines(config.datadir, config.node_id, sync=config.sync)
+        self._pg = PgServer(lambda connection: WalServiceHandler(self.timelines, connection))
+        self._broker = BrokerClient(config.broker_endpoint, keepalive_interval_ms=config.broker_keepalive_interval_ms)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Load the timelines and listen. Raises ConfigError when an address is taken."""
+        config = self._config
+        if config.sync:
+            # what a killed process wrote may still be in the page cache only, and it will be reported as flushed
+            await asyncio.to_thread(sync_filesystem, config.datadir)
+        self.timelines.load()
+        log.info("loaded %d timelines, %d are broken", len(self.timelines.all()), len(self.timelines.broken))
+        manager = Manager(
+            self.timelines,
+            save_interval_s=config.control_file_save_interval_s,
+            walsenders_keep_horizon=config.walsenders_keep_horizon,
+        )
+        loops = BrokerLoops(config, self.timelines, self._broker)
+        await self._listen("--listen-pg", config.listen_pg)
+        await self._listen("--listen-http", config.listen_http)
+        self._tasks = [
+            asyncio.create_task(manager.run(), name="manager"),
+            asyncio.create_task(loops.run(), name="broker loops"),
+        ]
+
+    async def _listen(self, option: str, address: tuple[str, int]) -> None:
+        host, port = address
+        try:
+            if option == "--listen-pg":
+                await self._pg.start(host, port)
+            else:
+                self._http = await serve(HttpApi(self._config, self.timelines).application(), host, port)
+        except OSError as error:
+            raise ConfigError(f"{option}: cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+    async def wait(self) -> None:
+        """Until one of the background tasks ends, which none should. Raises NeonError."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = None if task.cancelled() else task.exception()
+            log.error("%s ended", task.get_name(), exc_info=error)
+            raise NeonError(f"the {task.get_name()} task ended: {error}")
+
+    async def stop(self) -> None:
+        """Stop listening, flush and close the timelines."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.timelines.close()
+        await self._pg.stop()
+        await self._http.cleanup()
+        await self._broker.close()

@@ -1,0 +1,312 @@
+"""The log of one timeline on this node's disk: positions, appending, flushing, truncation, recovery at boot.
+
+Invariants:
+
+1. ``flush_lsn`` is the end of the last complete record with a valid checksum that is on disk, and never moves back except by
+   truncate().
+2. Bytes are appended strictly in order. After boot, and after any failure, nothing is appended before truncate() has put
+   zeros behind the end of the log: stale bytes there could later look like its continuation.
+3. A failed write or sync leaves all positions at flush_lsn; the bytes behind it count as garbage.
+
+Hot path: ``write`` only remembers views of the receive buffer, and ``flush`` hands all of them to one
+``pwritev(RWF_DSYNC)``. Whoever calls write() must call flush() or write_out() before the views become invalid.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from neon_services.ground.errors import NeonError, ProtocolViolation
+from neon_services.ground.lsn import INVALID_LSN, XLOG_BLCKSZ, Lsn, format_lsn, page_header_size
+from neon_services.safekeeper import metrics
+from neon_services.safekeeper.segments import SegmentDirectory, write_all
+from neon_services.wal.framing import PAGE_MAGICS, build_page_header
+from neon_services.wal.records import WalDecodeError
+from neon_services.wal.scanner import WalScanner
+
+log = logging.getLogger(__name__)
+
+RECOVERY_CHUNK_BYTES = 1024 * 1024
+
+
+class WalStoreError(NeonError):
+    """The log cannot do what was asked: the disk failed or is full, or an election must come first."""
+
+
+class WalStore:
+    """See the module's text. All positions are 0 while the log is empty."""
+
+    def __init__(
+        self,
+        directory: Path,
+        segment_size: int,
+        *,
+        sync: bool = True,
+    ) -> None:
+        self.segments = SegmentDirectory(directory, segment_size, sync=sync)
+        self._segment_size = segment_size
+        self._sync = sync
+        self._write_lsn = INVALID_LSN
+        self._write_record_lsn = INVALID_LSN
+        self._flush_lsn = INVALID_LSN
+        self._scanner: WalScanner | None = None
+        self._pending: list[memoryview | bytes] = []
+        self._pending_bytes = 0
+        self._must_truncate = True
+        self._descriptor: int | None = None
+        self._segment = -1
+        self._dirty = False  # the open segment has bytes that were written without being synced
+        #: Bytes and seconds since the process started, for the timeline's metrics.
+        self.written_bytes = 0
+        self.write_seconds = 0.0
+        self.flush_seconds = 0.0
+
+    @property
+    def write_lsn(self) -> Lsn:
+        """End of the bytes handed to write()."""
+        return self._write_lsn
+
+    @property
+    def write_record_lsn(self) -> Lsn:
+        """End of the last complete record in them."""
+        return self._write_record_lsn
+
+    @property
+    def flush_lsn(self) -> Lsn:
+        """End of the last complete record on disk."""
+        return self._flush_lsn
+
+    @property
+    def file_open(self) -> bool:
+        """Whether a segment is open for writing."""
+        return self._descriptor is not None
+
+    # -- boot
+
+    def recover(self, commit_lsn: Lsn) -> None:
+        """Find the end of the log by reading records from the saved commit_lsn on. Raises OSError."""
+        self.segments.discard_scratch()
+        if not commit_lsn:
+            return
+        scanner = WalScanner(commit_lsn, segment_size=self._segment_size)
+        try:
+            for chunk in self._stored_bytes(commit_lsn):
+                scanner.feed(chunk)
+        except WalDecodeError as error:
+            log.debug("%s: the log ends: %s", self.segments.path, error)
+        self._move_to(max(commit_lsn, scanner.record_end_lsn))
+
+    def _stored_bytes(self, lsn: int) -> Iterator[bytes]:
+        while (path := self.segments.find(lsn // self._segment_size)) is not None:
+            with path.open("rb") as file:
+                file.seek(lsn % self._segment_size)
+                while chunk := file.read(RECOVERY_CHUNK_BYTES):
+                    lsn += len(chunk)
+                    yield chunk
+            if lsn % self._segment_size:
+                return
+
+    def _move_to(self, lsn: Lsn) -> None:
+        self._write_lsn = self._write_record_lsn = self._flush_lsn = lsn
+
+    # -- the beginning
+
+    def initialize(self, lsn: Lsn, *, pg_version: int, system_id: int) -> None:
+        """Begin the empty log at this position, durably; page headers in front of it let tools read the first segment."""
+        if self._write_lsn:
+            raise WalStoreError(f"{self.segments.path}: the log is not empty: it ends at {format_lsn(self._write_lsn)}")
+        with self._disk_errors("initializing the log"):
+            self._open_segment_at(lsn, pg_version, system_id)
+            self._move_to(lsn)
+
+    def _open_segment_at(self, lsn: Lsn, pg_version: int, system_id: int) -> None:
+        """Open the segment with this position for writing, if the position lies inside it."""
+        offset = lsn % self._segment_size
+        if not offset:
+            return  # the segment is made when its first byte comes
+        segment = lsn // self._segment_size
+        descriptor = self.segments.open_partial(segment)
+        if descriptor is None:
+            descriptor = self.segments.create(segment)
+            for start, header in _page_headers(lsn, self._segment_size, pg_version, system_id):
+                write_all(descriptor, [header], start % self._segment_size, 0)
+        self._descriptor, self._segment, self._dirty = descriptor, segment, True
+
+    # -- appending
+
+    def write(self, begin_lsn: Lsn, data: memoryview | bytes) -> Lsn:
+        """Append bytes; the new write_lsn. Raises WalStoreError, or ProtocolViolation when they are not valid WAL."""
+        if self._must_truncate or self._scanner is None:
+            raise WalStoreError("the log accepts no WAL before an election has settled where it ends")
+        if begin_lsn != self._write_lsn:
+            raise ProtocolViolation(f"WAL at {format_lsn(begin_lsn)} does not follow {format_lsn(self._write_lsn)}")
+        try:
+            self._scanner.feed(data)
+        except WalDecodeError as error:
+            self._must_truncate = True
+            raise ProtocolViolation(f"the proposer sent bytes at {format_lsn(begin_lsn)} that are not WAL: {error}") from error
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+        self._write_lsn = Lsn(begin_lsn + len(data))
+        self._write_record_lsn = self._scanner.record_end_lsn
+        return self._write_lsn
+
+    def flush(self) -> Lsn:
+        """Make everything written durable; the new flush_lsn. Raises WalStoreError."""
+        self._write_pending(sync=self._sync)
+        if self._dirty and self._sync and self._descriptor is not None:
+            with self._disk_errors("syncing the log"):
+                self._fdatasync()
+        self._flush_lsn = self._write_record_lsn
+        return self._flush_lsn
+
+    def write_out(self) -> None:
+        """Give remembered views to the kernel, without making them durable. Raises WalStoreError."""
+        self._write_pending(sync=False)
+
+    def _write_pending(self, *, sync: bool) -> None:
+        if not self._pending:
+            return
+        views, self._pending = self._pending, []
+        first = lsn = self._write_lsn - self._pending_bytes
+        count, self._pending_bytes = self._pending_bytes, 0
+        dsync = False
+        started = time.perf_counter()
+        with self._disk_errors("writing the log"):
+            while views:
+                offset = lsn % self._segment_size
+                if self._segment != lsn // self._segment_size or self._descriptor is None:
+                    self._switch_segment(lsn // self._segment_size)
+                assert self._descriptor is not None
+                room = self._segment_size - offset
+                part, views = (views, []) if count <= room else _split(views, room)
+                length = min(count, room)
+                # RWF_DSYNC covers only these bytes, so earlier unsynced ones need a sync of the whole file
+                dsync = sync and not self._dirty
+                write_all(self._descriptor, part, offset, os.RWF_DSYNC if dsync else 0)
+                if not dsync:
+                    self._dirty = True
+                lsn += length
+                count -= length
+                if lsn % self._segment_size == 0:
+                    self._complete_segment()
+                elif lsn % self._segment_size > self._segment_size // 4:
+                    self.segments.prepare()
+        self.written_bytes += self._write_lsn - first
+        self._account(time.perf_counter() - started, dsync)
+
+    def _account(self, seconds: float, flushed: bool) -> None:
+        if flushed:
+            self.flush_seconds += seconds
+            metrics.FLUSH_WAL_SECONDS.observe(seconds)
+        else:
+            self.write_seconds += seconds
+            metrics.WRITE_WAL_SECONDS.observe(seconds)
+
+    def _switch_segment(self, segment: int) -> None:
+        self._close()
+        self.segments.complete_before(segment)
+        self._descriptor, self._segment = self.segments.create(segment), segment
+
+    def _complete_segment(self) -> None:
+        if self._dirty and self._sync:
+            self._fdatasync()
+        self.segments.complete(self._segment)
+        self._close()
+
+    def _fdatasync(self) -> None:
+        assert self._descriptor is not None
+        os.fdatasync(self._descriptor)
+        self._dirty = False
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor, self._segment, self._dirty = None, -1, False
+
+    @contextlib.contextmanager
+    def _disk_errors(self, what: str) -> Iterator[None]:
+        """A failed operation leaves the log as it was at flush_lsn, closed for writing."""
+        try:
+            yield
+        except OSError as error:
+            self._must_truncate = True
+            self._pending.clear()
+            self._pending_bytes = 0
+            self._move_to(self._flush_lsn)
+            self._close()
+            metrics.WAL_DISK_IO_ERRORS.inc()
+            raise WalStoreError(f"{what} in {self.segments.path} failed: {error.strerror or error}") from error
+
+    # -- cutting
+
+    def truncate(self, lsn: Lsn, *, pg_version: int, system_id: int) -> None:
+        """Cut the log: afterwards it ends at this position, durably, and accepts writes there. Raises WalStoreError.
+
+        A failure or a crash midway leaves a valid, shorter log that accepts no writes; doing it again finishes the job.
+        """
+        if lsn > self._write_record_lsn:
+            raise WalStoreError(
+                f"{self.segments.path}: cannot cut the log at {format_lsn(lsn)}: "
+                f"it ends at {format_lsn(self._write_record_lsn)}"
+            )
+        if not self._must_truncate and lsn == self._write_lsn == self._write_record_lsn:
+            return
+        self.write_out()
+        self._must_truncate = True
+        with self._disk_errors("cutting the log"):
+            self._close()
+            self._move_to(lsn)
+            segment, offset = divmod(lsn, self._segment_size)
+            self.segments.remove_above(segment)
+            self._open_segment_at(lsn, pg_version, system_id)
+            if self._descriptor is None and self.segments.find(segment) is not None:
+                self._descriptor, self._segment = self.segments.open_partial(segment), segment
+            if self._descriptor is not None:
+                self.segments.clear_from(self._descriptor, offset)
+                self._dirty = False
+            self.segments.complete_before(segment)
+            self.segments.sync_directory()
+        self._scanner = WalScanner(lsn, segment_size=self._segment_size)
+        self._must_truncate = False
+
+    # -- housekeeping
+
+    def remove_below(self, segment: int) -> int:
+        """Delete complete segments below this number; how many. Raises WalStoreError."""
+        try:
+            removed = self.segments.remove_below(segment)
+        except OSError as error:
+            raise WalStoreError(f"removing WAL in {self.segments.path} failed: {error.strerror or error}") from error
+        return len(removed)
+
+    def close(self) -> None:
+        """Let go of the files; written bytes that were not flushed are as good as lost."""
+        self._close()
+        self._must_truncate = True
+
+
+def _split(views: list[memoryview | bytes], size: int) -> tuple[list[memoryview | bytes], list[memoryview | bytes]]:
+    """The first ``size`` bytes and the rest."""
+    head: list[memoryview | bytes] = []
+    for index, view in enumerate(views):
+        if len(view) > size:
+            whole = memoryview(view)
+            head.append(whole[:size])
+            return head, [whole[size:], *views[index + 1 :]]
+        head.append(view)
+        size -= len(view)
+    return head, []
+
+
+def _page_headers(lsn: int, segment_size: int, pg_version: int, system_id: int) -> Iterator[tuple[int, bytes]]:
+    """Headers of the segment's first page and of the page that the position lies in, for a log that begins in mid-segment."""
+    major = pg_version // 10000
+    if major not in PAGE_MAGICS:
+        return
+    for page in sorted({lsn - lsn % segment_size, lsn - lsn % XLOG_BLCKSZ}):
+        if lsn - page >= page_header_size(page, segment_size):
+            yield page, build_page_header(page, pg_major=major, system_identifier=system_id, segment_size=segment_size)

@@ -1,0 +1,133 @@
+"""START_WAL_PUSH: one proposer's connection.
+
+Hot path: every message is handled synchronously as a view of the receive buffer, and after the last whole message of a read
+one flush makes all of them durable and one AppendResponse answers them. While the disk works, the socket collects the next
+batch. Invariant: what was written is in the kernel before the receive buffer is reused, and flushed when the proposer goes.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from neon_services.consensus.acceptor import AcceptorState
+from neon_services.ground.errors import Cancelled, NeonError, ProtocolViolation
+from neon_services.ground.ids import TenantTimelineId
+from neon_services.protocols.pgserver import ServerConnection
+from neon_services.protocols.safekeeper_messages import ProposerGreeting, parse_proposer_message
+from neon_services.safekeeper import metrics
+from neon_services.safekeeper.connections import WalReceiverState
+from neon_services.safekeeper.timeline import Timeline
+from neon_services.safekeeper.timelines import TimelineNotFound, Timelines
+
+log = logging.getLogger(__name__)
+
+
+class WalReceiver:
+    """Handles the messages of one proposer. ``close`` must be called when the connection is gone."""
+
+    def __init__(
+        self, timelines: Timelines, connection: ServerConnection, ttid: TenantTimelineId, *, allow_creation: bool
+    ) -> None:
+        self._timelines = timelines
+        self._connection = connection
+        self._ttid = ttid
+        self._allow_creation = allow_creation
+        self._timeline: Timeline | None = None
+        self._state = WalReceiverState(send=connection.send_copy_data, close=self._end)
+        self._wrote = False
+        self._clock = asyncio.get_running_loop().time
+        #: When the last message came, by the event loop's clock.
+        self.heard_at = self._clock()
+
+    def start(self) -> None:
+        """Take over the connection's COPY stream."""
+        self._connection.begin_copy_both()
+        self._connection.copy_sink = self._guard(self._on_message)
+        self._connection.copy_batch_end = lambda: self._guard(self._on_batch_end)(None)
+
+    def _guard(self, step: Callable[[memoryview | None], None]) -> Callable[[memoryview | None], None]:
+        """Any error ends this connection, and nothing else."""
+
+        def guarded(view: memoryview | None) -> None:
+            try:
+                step(view)
+            except (NeonError, OSError) as error:
+                metrics.PROPOSER_ACCEPTOR_MESSAGES.labels("error").inc()
+                self._fail(error)
+
+        return guarded
+
+    def _fail(self, error: NeonError | OSError) -> None:
+        log.warning("proposer %s of %s: %s", self._connection.peer, self._ttid, error)
+        self._save_written()
+        if isinstance(error, TimelineNotFound) and not self._allow_creation:
+            self._connection.close()  # Neon's proposers expect silence here
+        else:
+            self._connection.fail(str(error))
+
+    def _end(self, reason: str) -> None:
+        self._connection.fail(reason, "00000")
+
+    def _save_written(self) -> None:
+        """The receive buffer is about to be reused: hand remembered views to the kernel."""
+        self._wrote = False
+        if self._timeline is not None and not self._timeline.cancelled:
+            try:
+                self._timeline.store.write_out()
+            except NeonError as error:
+                log.error("proposer %s of %s: %s", self._connection.peer, self._ttid, error)
+
+    def _on_message(self, view: memoryview | None) -> None:
+        assert view is not None
+        message = parse_proposer_message(view)
+        timeline = self._timeline
+        if timeline is None:
+            if not isinstance(message, ProposerGreeting):
+                raise ProtocolViolation("the proposer must greet first")
+            timeline = self._open(message)
+        if timeline.cancelled:
+            raise Cancelled(f"timeline {self._ttid} is being deleted or shut down")
+        self._wrote = True
+        for reply in timeline.run(timeline.acceptor.handle(self._state.proposer, message)):
+            self._connection.send_copy_data(reply.pack())
+
+    def _open(self, greeting: ProposerGreeting) -> Timeline:
+        if greeting.ttid != self._ttid:
+            raise ProtocolViolation(f"the proposer greets timeline {greeting.ttid} on a connection of {self._ttid}")
+        timeline = self._timelines.find(self._ttid)
+        if timeline is None:
+            if not self._allow_creation:
+                self._timelines.get(self._ttid)  # says why it is not here
+            timeline = self._timelines.create(
+                self._ttid,
+                AcceptorState(pg_version=greeting.pg_version, system_id=greeting.system_id, wal_seg_size=greeting.wal_seg_size),
+            )
+        self._timeline = timeline
+        timeline.receivers[self._state.conn_id] = self._state
+        metrics.WAL_RECEIVERS.inc()
+        timeline.on_change(timeline)
+        return timeline
+
+    def _on_batch_end(self, _: memoryview | None) -> None:
+        timeline = self._timeline
+        self.heard_at = self._clock()
+        if timeline is None or not self._wrote:
+            return
+        self._wrote = False
+        for reply in timeline.run(timeline.acceptor.flush_batch(self._state.proposer)):
+            self._connection.send_copy_data(reply.pack())
+        timeline.store.write_out()
+
+    def close(self) -> None:
+        """The connection is gone: keep what it wrote."""
+        timeline = self._timeline
+        if timeline is None:
+            return
+        timeline.receivers.pop(self._state.conn_id, None)
+        metrics.WAL_RECEIVERS.dec()
+        if not timeline.cancelled:
+            try:
+                timeline.run(timeline.acceptor.flush_on_disconnect(self._state.proposer))
+            except NeonError as error:
+                log.error("proposer of %s left, and flushing its WAL failed: %s", self._ttid, error)
+        timeline.on_change(timeline)

@@ -1,0 +1,169 @@
+"""START_REPLICATION: one reader's connection.
+
+Invariant: in commit mode a reader gets bytes below commit_lsn only, in term mode bytes below flush_lsn as long as the term is
+the one it asked for; and what it has once been sent is never sent differently.
+"""
+
+import asyncio
+import logging
+import time
+
+from neon_services.ground.errors import Cancelled, NeonError
+from neon_services.ground.lsn import XLOG_BLCKSZ, Lsn, format_lsn
+from neon_services.ground.pgtime import to_postgres_us
+from neon_services.protocols import pgwire
+from neon_services.protocols.feedback import PageserverFeedback
+from neon_services.protocols.pgserver import EndConnection, ServerConnection
+from neon_services.protocols.replication_stream import (
+    MAX_XLOG_DATA_BYTES,
+    XLOG_DATA_HEADER_BYTES,
+    Keepalive,
+    StandbyStatus,
+    pack_xlog_data_header,
+    parse_receiver_message,
+)
+from neon_services.protocols.safekeeper_messages import HotStandbyFeedback
+from neon_services.safekeeper import metrics
+from neon_services.safekeeper.connections import WalSenderState
+from neon_services.safekeeper.timeline import Timeline
+from neon_services.safekeeper.wal_reader import WalReader
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE_INTERVAL_S = 1.0
+IDLE_TIMEOUT_S = 600.0
+
+
+def next_chunk_end(position: int, end: int, segment_size: int) -> int:
+    """Where the next XLogData ends: never behind a segment's end; before ``end`` only at a page boundary."""
+    segment_end = position - position % segment_size + segment_size
+    chunk_end = min(position + MAX_XLOG_DATA_BYTES, end, segment_end)
+    if chunk_end < end and chunk_end % XLOG_BLCKSZ:
+        chunk_end -= chunk_end % XLOG_BLCKSZ
+    return chunk_end
+
+
+class WalSender:
+    """Streams WAL to one connection until either side ends it."""
+
+    def __init__(self, timeline: Timeline, connection: ServerConnection, appname: str | None, term: int | None) -> None:
+        self._timeline = timeline
+        self._connection = connection
+        self._appname = appname
+        self._term = term
+        self._news = asyncio.Event()
+        self._end_reason: str | None = None
+        self._failure: NeonError | None = None
+        self._heard_at = time.monotonic()
+        self._state = WalSenderState(timeline.ttid, connection.peer, appname, wake=self._news.set, close=self._on_end)
+
+    async def run(self, start: Lsn) -> None:
+        """Stream from ``start``. Raises what the connection is to be told; EndConnection when the reader ended it."""
+        timeline = self._timeline
+        if start < timeline.first_available_lsn:
+            raise NeonError(
+                f"WAL at {format_lsn(start)} is not here: the first WAL of timeline {timeline.ttid} on this safekeeper "
+                f"is at {format_lsn(timeline.first_available_lsn)}"
+            )
+        self._end_position()  # a wrong term is refused before the stream begins
+        kind = "commit" if self._term is None else "term"
+        gauge = metrics.WAL_READERS.labels(kind, (self._appname or "unknown").split("-")[0])
+        gauge.inc()
+        timeline.senders[self._state.conn_id] = self._state
+        reader = timeline.reader()
+        self._connection.copy_sink = self._on_message
+        self._connection.begin_copy_both()
+        ended = asyncio.create_task(self._watch_end())
+        try:
+            await self._stream(reader, start)
+        finally:
+            ended.cancel()
+            reader.close()
+            gauge.dec()
+            del timeline.senders[self._state.conn_id]
+            timeline.standby_feedback_changed()
+            timeline.on_change(timeline)
+
+    async def _watch_end(self) -> None:
+        """CopyDone, or a lost connection."""
+        try:
+            await self._connection.next_copy_data()
+            self._failure = EndConnection("the reader ended the stream")
+        except pgwire.ServerError as error:
+            self._failure = error
+        self._news.set()
+
+    async def _stream(self, reader: WalReader, position: Lsn) -> None:
+        timeline, connection = self._timeline, self._connection
+        while True:
+            self._news.clear()
+            self._check_end()
+            end = self._end_position()
+            while position < end:
+                chunk_end = next_chunk_end(position, end, timeline.segment_size)
+                data = await reader.read(position, chunk_end - position)
+                self._check_end()
+                if self._term is not None:
+                    self._end_position()  # the term may have changed during the read
+                now = to_postgres_us(time.time_ns() // 1000)
+                header = pack_xlog_data_header(position, end, now)
+                connection.write(pgwire.copy_data_header(XLOG_DATA_HEADER_BYTES + len(data)) + header + data)
+                position = Lsn(chunk_end)
+                await connection.drain()
+            try:
+                async with asyncio.timeout(KEEPALIVE_INTERVAL_S):
+                    await self._news.wait()
+            except TimeoutError:
+                self._end_if_caught_up(position)
+                if time.monotonic() - self._heard_at > IDLE_TIMEOUT_S:
+                    raise NeonError(f"nothing received for {IDLE_TIMEOUT_S:.0f} s") from None
+                now = to_postgres_us(time.time_ns() // 1000)
+                connection.send_copy_data(Keepalive(self._end_position(), now, True).pack())
+                await connection.drain()
+
+    def _end_position(self) -> Lsn:
+        acceptor = self._timeline.acceptor
+        if self._term is None:
+            return acceptor.commit_lsn
+        if acceptor.term != self._term:
+            raise NeonError(f"failed to acquire term {self._term}, current term {acceptor.term}")
+        return acceptor.flush_lsn
+
+    def _check_end(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._end_reason is not None:
+            self._connection.fail(self._end_reason, "00000")
+            raise EndConnection(self._end_reason)
+        if self._timeline.cancelled:
+            raise Cancelled(f"timeline {self._timeline.ttid} is being deleted or shut down")
+
+    def _end_if_caught_up(self, position: Lsn) -> None:
+        """A pageserver that has everything, while no compute writes, is sent away; it comes back with the next news."""
+        timeline = self._timeline
+        acceptor = timeline.acceptor
+        if self._term is not None or self._state.pageserver is None or timeline.computes:
+            return
+        if not acceptor.commit_lsn or acceptor.remote_consistent_lsn >= acceptor.commit_lsn:
+            appname = "None" if self._appname is None else f'Some("{self._appname}")'
+            text = f"ending streaming to {appname} at {format_lsn(position)}, receiver is caughtup and there is no computes"
+            self._connection.fail(text, "00000")
+            raise EndConnection(text)
+
+    def _on_end(self, reason: str) -> None:
+        self._end_reason = reason
+        self._news.set()
+
+    def _on_message(self, view: memoryview) -> None:
+        """The reader's feedback. A message that makes no sense ends the connection (ProtocolViolation)."""
+        message = parse_receiver_message(view)
+        self._heard_at = time.monotonic()
+        timeline = self._timeline
+        if isinstance(message, PageserverFeedback):
+            self._state.pageserver = message
+            timeline.pageserver_feedback(message)
+        elif isinstance(message, HotStandbyFeedback):
+            self._state.standby_feedback = message
+            timeline.standby_feedback_changed()
+        elif isinstance(message, StandbyStatus):
+            self._state.standby_status = message
