@@ -173,7 +173,9 @@ class Timeline:
                 continue
             path = directory / name.local(metadata.generation)
             resident = path.exists() and path.stat().st_size == metadata.file_size
-            layers.append(self._layer(name, metadata.generation, metadata.file_size, resident, metadata.shard))
+            layer = self._layer(name, metadata.generation, metadata.file_size, resident, metadata.shard)
+            layer.uploaded = True
+            layers.append(layer)
         self.layer_map = LayerMap(layers)
         self._remote_consistent.advance(index.disk_consistent_lsn)
         self.deleted_at = index.deleted_at
@@ -379,6 +381,10 @@ class Timeline:
             await self.uploads.wait_idle()
 
     def _index_uploaded(self, index: IndexPart) -> None:
+        for name in index.layers:
+            layer = self.layer_map.get(name)
+            if layer is not None:
+                layer.uploaded = True
         self._remote_consistent.advance(index.disk_consistent_lsn)
 
     async def mark_deleted(self) -> None:

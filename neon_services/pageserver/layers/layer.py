@@ -61,6 +61,7 @@ class Layer:
         self.shard = shard  #: of the writer
         self.file_size = file_size
         self.resident = resident
+        self.uploaded = False  #: an uploaded index names this layer
         self.residence_time = self.access_time = time.time()
         self._environment = environment
         self._timeline_id = timeline_id
@@ -137,8 +138,8 @@ class Layer:
         return True
 
     def evict(self) -> bool:
-        """Drop the local copy (it is in remote storage); False when there was none. Readers that have it open go on."""
-        if not self.resident or self._opening is not None:
+        """Drop the local copy; False when there is none or it is the only one. Readers that have it open go on."""
+        if not self.resident or not self.uploaded or self._opening is not None:
             return False
         self.resident = False
         self._file = None

@@ -1,0 +1,124 @@
+"""The pageserver process put together: storage engine, WAL redo, WAL receiving, page service, HTTP API.
+
+Order of the start: remote storage, tenants (loading in the background), HTTP, page service. Order of the stop: page service,
+tenants (flushed, uploaded if there is time), HTTP last, so that clients see 503 rather than nothing.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from aiohttp import web
+
+from neon_services.ground import http
+from neon_services.ground.errors import ConfigError
+from neon_services.ground.http import ApiError
+from neon_services.ground.ids import TimelineId
+from neon_services.ground.remote_storage import open_remote_storage
+from neon_services.pageserver import native_records
+from neon_services.pageserver.http_api import ManagementApi
+from neon_services.pageserver.layers.block_cache import BlockCache
+from neon_services.pageserver.layers.layer import LayerEnvironment
+from neon_services.pageserver.metrics import EngineCollector
+from neon_services.pageserver.reconstruct import Reconstructor
+from neon_services.pageserver.settings import Settings
+from neon_services.pageserver.tenant import NodeResources
+from neon_services.pageserver.tenant_manager import TenantManager
+from neon_services.pageserver.timeline import Timeline
+from neon_services.storage_broker.client import BrokerClient
+
+log = logging.getLogger(__name__)
+
+_LAYER_THREADS = 4
+_HOUSEKEEPING_INTERVAL_S = 1.0
+_PG_MAJORS = range(14, 19)
+
+
+class PageserverNode:
+    """Everything that one pageserver process runs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.remote = open_remote_storage(settings.remote_storage)
+        self.broker = BrokerClient(settings.broker_endpoint)
+        self.environment = LayerEnvironment(
+            BlockCache(settings.page_cache_bytes),
+            ThreadPoolExecutor(_LAYER_THREADS, thread_name_prefix="layers"),
+            self.remote,
+            not settings.no_sync,
+        )
+        self._reconstructors: dict[int, Reconstructor] = {}
+        node = NodeResources(self.environment, self._reconstructor, self.remote, self, settings.tenant_config)
+        self.tenants = TenantManager(node, settings.tenants_dir)
+        self._http: web.AppRunner | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
+
+    # -- life
+
+    async def start(self) -> None:
+        """Start everything. Raises ConfigError when an address cannot be listened on."""
+        self.tenants.start()
+        EngineCollector(self.tenants, self.environment, len(self.settings.ignored)).register()
+        api = ManagementApi(self.tenants, self, self.settings.node_id, self._default_pg_version())
+        host, port = self.settings.listen_http
+        try:
+            self._http = await http.serve(api.application, host, port)
+        except OSError as error:
+            raise ConfigError(f"listen_http_addr: cannot listen on {host}:{port}: {error.strerror or error}") from error
+        self._housekeeping = asyncio.get_running_loop().create_task(self._keep_house(), name="housekeeping")
+        log.info("pageserver %d serves HTTP on %s:%d", self.settings.node_id, host, port)
+
+    async def stop(self) -> None:
+        """Stop everything; in-memory data is flushed."""
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            await asyncio.gather(self._housekeeping, return_exceptions=True)
+        await self.tenants.shutdown()
+        await self.broker.close()
+        if self._http is not None:
+            await self._http.cleanup()
+        await self.remote.close()
+        self.environment.threads.shutdown(wait=False)
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_INTERVAL_S)
+            for timeline in self.tenants.timelines():
+                timeline.housekeeping()
+
+    def _default_pg_version(self) -> int:
+        """The newest Postgres major installed below ``pg_distrib_dir``."""
+        installed = [m for m in _PG_MAJORS if (self.settings.pg_distrib_dir / str(m) / "bin" / "postgres").exists()]
+        if not installed:
+            raise ConfigError(f"pg_distrib_dir: no Postgres found in {self.settings.pg_distrib_dir}/<major>/bin")
+        return max(installed)
+
+    def _reconstructor(self, pg_version: int) -> Reconstructor:
+        found = self._reconstructors.get(pg_version)
+        if found is None:
+            found = self._reconstructors[pg_version] = Reconstructor(None, native_records.apply)
+        return found
+
+    # -- what tenants need of the layers above the engine
+
+    async def bootstrap(self, timeline_id: TimelineId, pg_version: int, make: Callable[[int], Timeline]) -> Timeline:
+        """Run initdb and import the data directory."""
+        raise ApiError(501, "bootstrap is not available in this build")
+
+    def activated(self, timeline: Timeline) -> None:
+        """Start receiving WAL."""
+
+    async def stopping(self, timeline: Timeline) -> None:
+        """Stop receiving WAL."""
+
+    # -- what the API needs of them
+
+    async def timeline_extra(self, timeline: Timeline, query: dict[str, str]) -> dict[str, Any]:
+        """Fields of TimelineInfo about WAL receiving and logical size."""
+        return {}
+
+    async def keyspace(self, timeline: Timeline, lsn: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Key ranges that exist at an LSN."""
+        raise ApiError(501, "key space enumeration is not available in this build")
