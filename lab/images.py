@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +53,14 @@ class Images:
     def __init__(self, store: Path) -> None:
         self._store = store
 
-    def image(self, suite: str, *, install: list[str], mirror: list[str]) -> Image:
-        """An image with the packages ``install`` installed and ``mirror`` installable; makes what is not there yet."""
+    def image(self, suite: str, *, install: list[str], mirror: list[str], unpack: Sequence[str] = ()) -> Image:
+        """An image with the packages ``install`` installed and ``mirror`` installable; makes what is not there yet.
+
+        Packages ``unpack`` are there as files only, without what they depend on: headers without a compiler suite.
+        """
         base = self.base(suite)
         lists = self._lists(base) if install or mirror else None
-        lowers = (base,) if not install or lists is None else (self._layer(base, lists, install), base)
+        lowers = (base,) if not install or lists is None else (self._layer(base, lists, install, unpack), base)
         return Image(suite, lowers, self._mirror(lowers, lists, mirror) if mirror and lists is not None else None)
 
     def base(self, suite: str) -> Path:
@@ -85,7 +89,7 @@ class Images:
                 scratch.mkdir(parents=True)
                 try:
                     say("fetching the distribution's package lists")
-                    _in_chroot([base], Path(f"{scratch}.upper"), "apt-get -q update", {scratch: "/var/lib/apt/lists"})
+                    in_chroot([base], Path(f"{scratch}.upper"), "apt-get -q update", {scratch: "/var/lib/apt/lists"})
                 except LabError as error:
                     if not target.exists():
                         raise
@@ -98,12 +102,15 @@ class Images:
                 os.utime(target)
         return target
 
-    def _layer(self, base: Path, lists: Path, packages: list[str]) -> Path:
-        target = self._store / f"layer-{digest(base.name, _lists_digest(lists), *sorted(packages))}"
+    def _layer(self, base: Path, lists: Path, packages: list[str], unpack: Sequence[str]) -> Path:
+        target = self._store / f"layer-{digest(base.name, _lists_digest(lists), *sorted(packages), 'unpack', *unpack)}"
         with built_once(target) as scratch:
             if scratch:
                 say(f"installing {' '.join(packages)} into an image")
-                _in_chroot([base], scratch, _INSTALL + " ".join(packages) + "; apt-get clean", {lists: "/var/lib/apt/lists"})
+                script = _INSTALL + " ".join(packages)
+                if unpack:
+                    script += f"; cd /tmp; apt-get -q download {' '.join(unpack)}; dpkg --force-depends --unpack *.deb"
+                in_chroot([base], scratch, script + "; apt-get clean", {lists: "/var/lib/apt/lists"})
         return target
 
     def _mirror(self, lowers: tuple[Path, ...], lists: Path, packages: list[str]) -> Path:
@@ -113,7 +120,7 @@ class Images:
                 say(f"fetching {' '.join(packages)} with all they need")
                 scratch.mkdir()
                 fetch = f"{_INSTALL} --download-only -o Dir::Cache::archives=/mnt {' '.join(packages)}"
-                _in_chroot(list(lowers), Path(f"{scratch}.upper"), fetch, {lists: "/var/lib/apt/lists", scratch: "/mnt"})
+                in_chroot(list(lowers), Path(f"{scratch}.upper"), fetch, {lists: "/var/lib/apt/lists", scratch: "/mnt"})
                 shutil.rmtree(f"{scratch}.upper")
                 shutil.rmtree(scratch / "partial", ignore_errors=True)
                 (scratch / "lock").unlink(missing_ok=True)
@@ -149,7 +156,7 @@ def _forget_identity(image: Path) -> None:
     os.utime(image / "var/lib/apt/lists", (0, 0))
 
 
-def _in_chroot(lowers: list[Path], upper: Path, script: str, binds: dict[Path, str]) -> None:
+def in_chroot(lowers: list[Path], upper: Path, script: str, binds: dict[Path, str]) -> None:
     """Run a script in a chroot over the image, on the machine's own network; what it writes lands in ``upper``.
 
     All mounts live in a private mount namespace: nothing to clean up, however this ends.
@@ -174,7 +181,11 @@ def _in_chroot(lowers: list[Path], upper: Path, script: str, binds: dict[Path, s
             sh -ec "$0"
     """
     try:
-        sh("unshare", "--mount", "--propagation", "private", "sh", "-ec", setup, script)
+        done = sh("unshare", "--mount", "--propagation", "private", "sh", "-ec", setup, script, check=False)
+        if done.returncode:
+            raise LabError(
+                f"in an image, {script!r} failed with status {done.returncode}; its last lines:\n{done.stdout[-3000:]}"
+            )
     finally:
         shutil.rmtree(work, ignore_errors=True)
         root.rmdir()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Part of every artifact's name: count it up when the way of building changes.
-RECIPE = "1"
+RECIPE = "2"
 PREFIX = "/opt/neon"
 _GLIBC_MINORS = range(36, 16, -1)  # Debian 12 has glibc 2.36
 
@@ -194,9 +194,12 @@ def build_libraries(tree: Path, project: Path, target: Target, major: int, versi
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "postgres_ext")
         shutil.copytree(project / "postgres_ext", source, ignore=shutil.ignore_patterns("*.o", "*.bc", "*.so"))
+        made = Path(scratch, "out")
+        made.mkdir()
         make = f"PG_CONFIG=/usr/lib/postgresql/{major}/bin/pg_config"
         if installed_version(headers) == version and os.uname().machine == target.machine and shutil.which("make"):
-            run("make", "-C", source, make, f"OUT={tree}")
+            run("make", "-C", source, make, f"OUT={made}")
+            _take_libraries(made, tree)
             return
         if os.uname().machine != target.machine or os.geteuid() != 0 or not shutil.which("mmdebstrap"):
             raise ArtifactError(
@@ -209,7 +212,26 @@ def build_libraries(tree: Path, project: Path, target: Target, major: int, versi
         from lab.labs import default_state
 
         image = Images(default_state() / "images").image(
-            target.suite, install=[f"{headers}={version}", "gcc", "libc6-dev", "make"], mirror=[]
+            target.suite,
+            # The headers' package asks for a whole LLVM, which is for just-in-time compilation only.
+            install=[
+                "gcc",
+                "libc6-dev",
+                "libkrb5-dev",
+                "libpq-dev",
+                "libssl-dev",
+                "make",
+                f"postgresql-client-{major}={version}",
+            ],
+            unpack=[f"{headers}={version}"],
+            mirror=[],
         )
         script = f"make -C /mnt/source {make} OUT=/mnt/out with_llvm=no"
-        in_chroot(list(image.lowers), Path(scratch, "upper"), script, {source: "/mnt/source", tree: "/mnt/out"})
+        in_chroot(list(image.lowers), Path(scratch, "upper"), script, {source: "/mnt/source", made: "/mnt/out"})
+        _take_libraries(made, tree)
+
+
+def _take_libraries(made: Path, tree: Path) -> None:
+    """Only what hosts load: the build leaves its objects beside it."""
+    for library in sorted(made.glob("*.so")):
+        shutil.copy2(library, tree / library.name)
