@@ -30,6 +30,7 @@ MAGIC = 0xCAFECEEF
 OLDEST_VERSION, NEWEST_VERSION = 9, 10
 MAX_BYTES = 64 * 1024 * 1024
 
+_LAST_SECOND = 253402300799 - 86400  # the year 9999, in any time zone
 UPLOAD_STATES = ("InProgress", "Uploaded", "Deleting")
 
 _U8, _U16, _U32, _U64 = struct.Struct("<B"), struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<Q")
@@ -132,7 +133,9 @@ class ControlFile:
             )
         )
         offloaded = Lsn(reader.u64()) if reader.variant(("Present", "Offloaded")) else None
-        creation_ts_ns = reader.u64() * 1_000_000_000 + reader.u32() if version >= 10 else 0
+        creation_ts_ns = reader.timestamp_ns() if version >= 10 else 0
+        if wal_seg_size and (wal_seg_size & (wal_seg_size - 1) or not 1 << 20 <= wal_seg_size <= 1 << 30):
+            raise ValueError(f"impossible WAL segment size {wal_seg_size}")
         state = AcceptorState(mconf, term, history, pg_version, system_id, wal_seg_size, proposer_uuid, *lsns)
         return cls(ttid, state, partial_backup, offloaded, creation_ts_ns)
 
@@ -250,6 +253,12 @@ class _Reader:
         if value >= len(names):
             raise ValueError(f"impossible variant {value} (known are {', '.join(names)})")
         return value
+
+    def timestamp_ns(self) -> int:
+        seconds, nanoseconds = self.u64(), self.u32()
+        if seconds > _LAST_SECOND or nanoseconds >= 1_000_000_000:
+            raise ValueError(f"impossible time {seconds}.{nanoseconds:09}")
+        return seconds * 1_000_000_000 + nanoseconds
 
     def string(self) -> str:
         length = self.u64()
