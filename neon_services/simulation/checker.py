@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from neon_services.consensus.acceptor import Effect, PersistState, TruncateWal
 from neon_services.ground.lsn import Lsn
-from neon_services.protocols.safekeeper_messages import VoteResponse
+from neon_services.protocols.safekeeper_messages import AppendResponse, VoteResponse
 
 if TYPE_CHECKING:
     from neon_services.simulation.proposer import SimulatedProposer
@@ -82,6 +82,15 @@ class Checker:
             self.require(
                 node.seen_commit <= acceptor.flush_lsn, "%s lost committed WAL: flush_lsn %d", node, acceptor.flush_lsn
             )
+
+        if node.acknowledged_term == term:
+            holds = acceptor.flush_lsn >= node.acknowledged_lsn
+            self.require(holds, "%s lost WAL that it acknowledged to the present leader: %d", node, node.acknowledged_lsn)
+
+    def acknowledged(self, node: "SimulatedSafekeeper", answer: AppendResponse) -> None:
+        """An acknowledgement is spoken: it stays true as long as the term does."""
+        if answer.flush_lsn:
+            node.acknowledged_term, node.acknowledged_lsn = answer.term, answer.flush_lsn
 
     def _same(self, node: "SimulatedSafekeeper", until: Lsn) -> None:
         mine = node.disk.wal.read(self.start_lsn, until)

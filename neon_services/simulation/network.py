@@ -31,7 +31,7 @@ class _Direction:
 class Connection:
     """Between one proposer and one safekeeper."""
 
-    __slots__ = ("node", "number", "proposer", "slot", "to_proposer", "to_safekeeper", "world")
+    __slots__ = ("node", "number", "proposer", "slot", "stalled_until_us", "to_proposer", "to_safekeeper", "world")
 
     def __init__(
         self, world: "World", number: int, proposer: "SimulatedProposer", slot: int, node: "SimulatedSafekeeper"
@@ -41,6 +41,7 @@ class Connection:
         self.proposer = proposer
         self.slot = slot
         self.node = node
+        self.stalled_until_us = 0
         self.to_safekeeper = _Direction()
         self.to_proposer = _Direction()
 

@@ -40,6 +40,7 @@ class SimulatedSafekeeper:
         self.up = False
         self.sessions: dict[Connection, ProposerConnection] = {}
         self.flush_due: set[Connection] = set()
+        self.acknowledged_term, self.acknowledged_lsn = -1, 0
         self.boot()
 
     def __str__(self) -> str:
@@ -118,6 +119,7 @@ class SimulatedSafekeeper:
             return
         self.flush_due.discard(connection)
         for reply in self._run(self.acceptor.flush_batch(session)) or ():
+            self.world.checker.acknowledged(self, reply)
             connection.send_to_proposer(reply)
 
     # -- the rest of the process

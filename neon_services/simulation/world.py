@@ -19,7 +19,7 @@ from neon_services.consensus.acceptor import (
     TruncateWal,
     WriteWal,
 )
-from neon_services.consensus.proposer import Proposer
+from neon_services.consensus.proposer import MemberPhase, Proposer
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP, MembershipConfiguration, SafekeeperId
@@ -92,6 +92,8 @@ class Profile:
                 "partition": rng.choice((0, 1, 3)),
                 "propose": rng.choice((0.5, 1, 3)),
                 "kill": rng.choice((0.5, 1, 2)),
+                "isolate": rng.choice((0, 1, 6)),
+                "stall": rng.choice((0, 1, 3)),
                 "gossip": 2,
                 "save": 1,
             },
@@ -177,8 +179,9 @@ class World:
         return made
 
     def blocked_until(self, connection: Connection) -> int:
-        """When a partition lets this connection's messages through again."""
-        return self._partitions.get((connection.proposer.number, connection.node.node_id), 0) if self._partitions else 0
+        """When a partition lets this connection's messages through again, or its own congestion does."""
+        parted = self._partitions.get((connection.proposer.number, connection.node.node_id), 0) if self._partitions else 0
+        return max(parted, connection.stalled_until_us)
 
     def unreachable(self, proposer: SimulatedProposer, node: SimulatedSafekeeper) -> bool:
         """Whether a partition parts the two."""
@@ -245,6 +248,32 @@ class World:
         for node in self.random.sample(self.nodes, self.random.randint(1, len(self.nodes) - 1)):
             self._partitions[proposer.number, node.node_id] = until
             self.trace("%s and %s are parted until %.1f ms", proposer, node, until / 1000)
+
+    def _isolate(self) -> None:
+        """A leader reaches one safekeeper only: what it writes from now on lands on a minority."""
+        leaders = [proposer for proposer in self._alive() if proposer.elected]
+        if leaders:
+            leader, kept = self.random.choice(leaders), self.random.choice(self.nodes)
+            until = self.now_us + self.random.randint(20_000, 500_000)
+            for node in self.nodes:
+                if node is not kept:
+                    self._partitions[leader.number, node.node_id] = until
+            self.trace("%s reaches %s only until %.1f ms", leader, kept, until / 1000)
+
+    def _stall(self) -> None:
+        """A connection's messages are late by much while the proposer gives it up: an old and a new connection overlap."""
+        live = [connection for proposer in self._alive() for connection in proposer.connections.values()]
+        if live:
+            early = [c for c in live if c.proposer.core.members[c.slot].phase is not MemberPhase.ACTIVE]
+            chosen = self.random.choice(early or live)
+            chosen.stalled_until_us = self.now_us + self.random.randint(50_000, 400_000)
+            self.trace("%s stalls until %.1f ms", chosen, chosen.stalled_until_us / 1000)
+            self.after(self.random.randint(0, 50_000), self._give_up, chosen)
+
+    def _give_up(self, connection: Connection) -> None:
+        if connection.proposer.connections.get(connection.slot) is connection:
+            connection.close_by_proposer()
+            connection.proposer.closed(connection)
 
     def _propose(self) -> None:
         if len(self._alive()) < 3:
