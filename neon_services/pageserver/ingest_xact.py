@@ -1,0 +1,151 @@
+"""Transaction records: commit status, files of prepared transactions, relations dropped at the end, replication origins.
+
+Record layout (main data, little-endian): ``xact_time i64``; with info bit 0x80 ``xinfo u32`` and, by its bits, in this order:
+database, subtransactions, relation files to drop, dropped statistics, invalidations (commit only), two-phase xid and gid,
+origin.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from neon_services.ground.errors import CorruptionError
+from neon_services.pageserver import keys, native_records
+from neon_services.pageserver.ingest_tip import TipState
+from neon_services.pageserver.native_records import CLOG_XIDS_PER_PAGE
+from neon_services.pageserver.values import NATIVE, IndexArray
+from neon_services.wal.records import WalBatch
+
+COMMIT, PREPARE, ABORT, COMMIT_PREPARED, ABORT_PREPARED = 0x00, 0x10, 0x20, 0x30, 0x40
+OPCODE_MASK, HAS_INFO = 0x70, 0x80
+_DBINFO, _SUBXACTS, _RELATIONS, _INVALS, _TWOPHASE, _ORIGIN, _GID, _DROPPED_STATS = 1, 2, 4, 8, 16, 32, 128, 256
+_COMMITTED_DTYPE = np.dtype([("tag", ">u4"), ("count", ">u8"), ("xid", ">u4"), ("time", ">i8")])
+_ABORTED_DTYPE = np.dtype([("tag", ">u4"), ("count", ">u8"), ("xid", ">u4")])
+_BLOCK_ID_ORIGIN, _BLOCK_ID_TOPLEVEL_XID = 253, 252
+
+
+@dataclass(frozen=True, slots=True)
+class XactRecord:
+    """A parsed commit or abort record. ``time_us`` counts from 2000-01-01."""
+
+    time_us: int
+    subxacts: tuple[int, ...] = ()
+    relations: tuple[tuple[int, int, int], ...] = ()
+    twophase_xid: int = 0
+    origin_lsn: int = 0
+
+
+def parse_xact(info: int, main: bytes, pg_major: int) -> XactRecord:
+    """Parse the main data of a commit or abort record. Raises CorruptionError when it is cut off."""
+    try:
+        (time_us,) = struct.unpack_from("<q", main)
+        if not info & HAS_INFO:
+            return XactRecord(time_us)
+        (xinfo,) = struct.unpack_from("<I", main, 8)
+        offset = 12
+        subxacts: tuple[int, ...] = ()
+        relations: tuple[tuple[int, int, int], ...] = ()
+        twophase_xid = origin_lsn = 0
+        if xinfo & _DBINFO:
+            offset += 8
+        if xinfo & _SUBXACTS:
+            (count,) = struct.unpack_from("<I", main, offset)
+            subxacts = struct.unpack_from(f"<{count}I", main, offset + 4)
+            offset += 4 + 4 * count
+        if xinfo & _RELATIONS:
+            (count,) = struct.unpack_from("<I", main, offset)
+            flat = struct.unpack_from(f"<{3 * count}I", main, offset + 4)
+            relations = tuple(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+            offset += 4 + 12 * count
+        if xinfo & _DROPPED_STATS:
+            offset += 4 + (16 if pg_major >= 18 else 12) * struct.unpack_from("<I", main, offset)[0]
+        if xinfo & _INVALS and info & OPCODE_MASK in (COMMIT, COMMIT_PREPARED):
+            offset += 4 + 16 * struct.unpack_from("<I", main, offset)[0]
+        if xinfo & _TWOPHASE:
+            (twophase_xid,) = struct.unpack_from("<I", main, offset)
+            offset += 4
+            if xinfo & _GID:
+                offset = main.index(b"\0", offset) + 1
+        if xinfo & _ORIGIN:
+            (origin_lsn,) = struct.unpack_from("<Q", main, offset)
+        return XactRecord(time_us, subxacts, relations, twophase_xid, origin_lsn)
+    except (struct.error, ValueError) as error:
+        raise CorruptionError(f"a transaction record is malformed: {error}") from error
+
+
+def drops_relations(info: int, main: bytes) -> bool:
+    """Whether a commit or abort record names relations to drop."""
+    return bool(info & HAS_INFO and len(main) >= 12 and struct.unpack_from("<I", main, 8)[0] & _RELATIONS)
+
+
+def record_origin(raw: bytes) -> int:
+    """The replication origin in the header of a record without block references; 0 when there is none."""
+    offset = 24
+    while offset + 3 <= len(raw):
+        if raw[offset] == _BLOCK_ID_ORIGIN:
+            return int.from_bytes(raw[offset + 1 : offset + 3], "little")
+        if raw[offset] != _BLOCK_ID_TOPLEVEL_XID:
+            return 0
+        offset += 5
+    return 0
+
+
+def put_simple_xacts(tip: TipState, batch: WalBatch, rows: IndexArray) -> None:
+    """Commits and aborts that carry nothing but their time, in bulk."""
+    records = batch.records[rows]
+    records = records[records["xid"] != 0]
+    if not len(records):
+        return
+    xids = records["xid"].astype(np.uint64)
+    pages = xids // np.uint64(CLOG_XIDS_PER_PAGE)
+    page_first = np.unique(pages, return_index=True)
+    for page, first in zip(page_first[0].tolist(), page_first[1].tolist(), strict=True):
+        tip.ensure_slru_page(keys.CLOG, page, int(records["end_lsn"][first]))
+    committed = (records["info"] & OPCODE_MASK) == COMMIT
+    segment, block = pages // np.uint64(keys.SLRU_PAGES_PER_SEGMENT), pages % np.uint64(keys.SLRU_PAGES_PER_SEGMENT)
+    hi = np.full(len(records), keys.slru_block(keys.CLOG, 0, 0)[0], np.uint64)
+    lo = segment << np.uint64(40) | block
+    lsn = records["end_lsn"].astype(np.uint64)
+    for mask, dtype, tag in (
+        (committed, _COMMITTED_DTYPE, native_records.CLOG_SET_COMMITTED),
+        (~committed, _ABORTED_DTYPE, native_records.CLOG_SET_ABORTED),
+    ):
+        count = int(mask.sum())
+        if not count:
+            continue
+        values = np.zeros(count, dtype)
+        values["tag"], values["count"], values["xid"] = tag, 1, records["xid"][mask]
+        if dtype is _COMMITTED_DTYPE:
+            at = records["blob_off"][mask].astype(np.int64) + 8 + records["main_off"][mask]
+            blob = np.frombuffer(batch.blob, np.uint8)
+            values["time"] = blob[at[:, None] + np.arange(8)].view("<i8").ravel()
+        offset = tip.rows.add_data(values.tobytes())
+        offsets = np.uint64(offset) + np.arange(count, dtype=np.uint64) * np.uint64(dtype.itemsize)
+        tip.rows.put_columns(hi[mask], lo[mask], lsn[mask], NATIVE, offsets, dtype.itemsize)
+
+
+def put_xact(tip: TipState, info: int, xid: int, main: bytes, raw: bytes, lsn: int) -> XactRecord:
+    """A commit or abort, also of a prepared transaction. Dropping its relations is left to the caller."""
+    record = parse_xact(info, main, tip.pg_major)
+    opcode = info & OPCODE_MASK
+    prepared = opcode in (COMMIT_PREPARED, ABORT_PREPARED)
+    top = record.twophase_xid if prepared else xid
+    by_page: dict[int, list[int]] = {}
+    for member in (top, *record.subxacts):
+        if member:
+            by_page.setdefault(member // CLOG_XIDS_PER_PAGE, []).append(member)
+    for page, members in by_page.items():
+        tip.ensure_slru_page(keys.CLOG, page, lsn)
+        if opcode in (COMMIT, COMMIT_PREPARED):
+            value = native_records.clog_set_committed(members, record.time_us)
+        else:
+            value = native_records.clog_set_aborted(members)
+        tip.rows.put(keys.slru_page(keys.CLOG, page), lsn, NATIVE, value)
+    if prepared:
+        tip.drop_prepared(tip.checkpoint.full_xid(top) if tip.pg_major >= 17 else top, lsn)
+    if record.origin_lsn:
+        origin = record_origin(raw)
+        if origin:
+            tip.rows.put_image(keys.replication_origin(origin), lsn, record.origin_lsn.to_bytes(8, "big"))
+    return record
