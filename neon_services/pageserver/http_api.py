@@ -217,7 +217,7 @@ class ManagementApi:
         if _query_flag(request, "force_image_layer_creation", False):
             await timeline.create_image_layers()
         if _query_flag(request, "wait_until_uploaded", False):
-            await timeline.wait_uploaded(timeline.disk_consistent_lsn)
+            await timeline.wait_uploads()
         return json_response(None)
 
     # -- layers and keys
@@ -232,7 +232,7 @@ class ManagementApi:
     async def evict_layer(self, request: web.Request) -> web.Response:
         timeline = await self._timeline(request)
         layer = await self._layer(request)
-        await timeline.wait_uploaded(timeline.disk_consistent_lsn)  # what is only here must not be dropped
+        await timeline.wait_uploads()  # what is only here must not be dropped
         return json_response(None, 200 if layer.evict() else 304)
 
     async def _layer(self, request: web.Request) -> Any:

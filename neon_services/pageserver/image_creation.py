@@ -4,14 +4,13 @@ Invariant: together the new layers cover the key space without gaps, because wha
 as not existing; and they appear in the layer map all at once.
 """
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from neon_services.ground.errors import NeonError
 from neon_services.pageserver.layers.image import ImageLayerWriter
-from neon_services.pageserver.layers.layer import Layer
+from neon_services.pageserver.layers.layer import Layer, run_to_end
 from neon_services.pageserver.layers.names import LayerName
 from neon_services.pageserver.reconstruct import RedoFailed
 from neon_services.pageserver.values import KEY_MAX, KEY_MIN, MissingKey, U64Array, split_key
@@ -63,7 +62,7 @@ async def _write_one(timeline: "Timeline", name: LayerName, key_hi: U64Array, ke
         timeline.timeline_id,
         sync=resources.environment.sync,
     )
-    loop, threads = asyncio.get_running_loop(), resources.environment.threads
+    threads = resources.environment.threads
     try:
         for first in range(0, len(key_hi), _KEYS_PER_READ):
             hi, lo = key_hi[first : first + _KEYS_PER_READ], key_lo[first : first + _KEYS_PER_READ]
@@ -71,8 +70,8 @@ async def _write_one(timeline: "Timeline", name: LayerName, key_hi: U64Array, ke
             values = [_usable(value, *key) for value, *key in zip(values, hi.tolist(), lo.tolist(), strict=True)]
             present = np.array([value is not None for value in values], bool)
             kept = [value for value in values if value is not None]
-            await loop.run_in_executor(threads, writer.add, hi[present], lo[present], kept)
-        size = await loop.run_in_executor(threads, writer.finish)
+            await run_to_end(threads, writer.add, hi[present], lo[present], kept)
+        size = await run_to_end(threads, writer.finish)
     except BaseException:
         writer.abandon()
         raise

@@ -28,10 +28,12 @@ from neon_services.pageserver.tenant import NodeResources
 from neon_services.pageserver.tenant_manager import TenantManager
 from neon_services.pageserver.timeline import Timeline
 from neon_services.storage_broker.client import BrokerClient
+from neon_services.wal.redo import RedoPool
 
 log = logging.getLogger(__name__)
 
 _LAYER_THREADS = 4
+_REDO_HELPERS = 2  # per Postgres major; started when first needed
 _HOUSEKEEPING_INTERVAL_S = 1.0
 _PG_MAJORS = range(14, 19)
 
@@ -49,6 +51,7 @@ class PageserverNode:
             self.remote,
             not settings.no_sync,
         )
+        self._redo_pools: list[RedoPool] = []
         self._reconstructors: dict[int, Reconstructor] = {}
         node = NodeResources(self.environment, self._reconstructor, self.remote, self, settings.tenant_config)
         self.tenants = TenantManager(node, settings.tenants_dir)
@@ -77,6 +80,8 @@ class PageserverNode:
             await asyncio.gather(self._housekeeping, return_exceptions=True)
         await self.tenants.shutdown()
         await self.broker.close()
+        for pool in self._redo_pools:
+            await pool.close()
         if self._http is not None:
             await self._http.cleanup()
         await self.remote.close()
@@ -98,7 +103,10 @@ class PageserverNode:
     def _reconstructor(self, pg_version: int) -> Reconstructor:
         found = self._reconstructors.get(pg_version)
         if found is None:
-            found = self._reconstructors[pg_version] = Reconstructor(None, native_records.apply)
+            binaries = self.settings.pg_distrib_dir / str(pg_version) / "bin"
+            pool = RedoPool(binaries, pg_version, _REDO_HELPERS, self.settings.wal_redo_timeout_s)
+            self._redo_pools.append(pool)
+            found = self._reconstructors[pg_version] = Reconstructor(pool, native_records.apply)
         return found
 
     # -- what tenants need of the layers above the engine

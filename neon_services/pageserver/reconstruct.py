@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import format_lsn
 from neon_services.pageserver.values import IMAGE, NATIVE, TOMBSTONE, WAL, WAL_INIT, MissingKey, format_key
+from neon_services.wal.redo import RedoRequest, RedoResult
 
 #: ``apply(page, record, lsn, key) -> page``: one functional record of ours; ``page`` is None when the key has no base.
 NativeApply = Callable[[bytes | None, bytes, int, int], bytes]
@@ -20,25 +21,11 @@ class RedoFailed(NeonError):
     """A record could not be applied to its page. The text names key and LSN."""
 
 
-class RedoTarget(Protocol):
-    """The redo helpers as this module needs them."""
+class Redo(Protocol):
+    """WAL redo as this module needs it: ``wal.redo.RedoPool`` in production."""
 
-    async def apply_pages(self, requests: "Sequence[PageRedo]") -> list[bytes | str]:
-        """For each request the page, or the text of the error."""
-
-
-@dataclass(slots=True)
-class PageRedo:
-    """One page to be rebuilt: ``records`` are the concatenated ``[end_lsn][record][pad8]`` entries, ``count`` of them."""
-
-    spcnode: int
-    dbnode: int
-    relnode: int
-    forknum: int
-    blkno: int
-    base: bytes | None
-    records: bytes
-    count: int
+    async def apply(self, requests: Sequence[RedoRequest]) -> list[RedoResult]:
+        """Result i belongs to request i; errors of a page are in its result."""
 
 
 @dataclass(slots=True)
@@ -53,7 +40,7 @@ class History:
 class Reconstructor:
     """Applies histories. One per process; holds the ways to apply each type of record."""
 
-    def __init__(self, redo: RedoTarget | None = None, native_apply: NativeApply | None = None) -> None:
+    def __init__(self, redo: Redo | None = None, native_apply: NativeApply | None = None) -> None:
         self._redo = redo
         self._native_apply = native_apply
 
@@ -86,7 +73,7 @@ class Reconstructor:
         pending: dict[int, tuple[int, bytes | None]],
     ) -> None:
         """Advance every pending key over its native records and one run of Postgres records."""
-        requests: list[PageRedo] = []
+        requests: list[RedoRequest] = []
         askers: list[tuple[int, int]] = []
         for number in list(pending):
             history = histories[number]
@@ -111,22 +98,23 @@ class Reconstructor:
                 )
                 del pending[number]
                 continue
-            requests.append(_page_redo(key, page, history.values[at:end]))
+            requests.append(_request(key, page, history.values[at:end]))
             askers.append((number, end))
         if not requests:
             return
         if self._redo is None:
             raise NeonError("a page needs WAL redo, but no redo helper is configured")
-        for (number, end), result in zip(askers, await self._redo.apply_pages(requests), strict=True):
-            if isinstance(result, str):
+        for (number, end), result in zip(askers, await self._redo.apply(requests), strict=True):
+            if result.page is None:
                 key = key_hi[number] << 64 | key_lo[number]
-                answers[number] = RedoFailed(f"WAL redo of key {format_key(key)} at {format_lsn(lsn)}: {result}")
+                text = result.error or "the first record does not make the page and there is no base page"
+                answers[number] = RedoFailed(f"WAL redo of key {format_key(key)} at {format_lsn(lsn)}: {text}")
                 del pending[number]
             elif end == len(histories[number].kinds):
-                answers[number] = result
+                answers[number] = result.page
                 del pending[number]
             else:
-                pending[number] = (end, result)
+                pending[number] = (end, result.page)
 
     def _apply_native_run(self, history: History, at: int, page: bytes | None, key: int) -> tuple[int, bytes | None]:
         while at < len(history.kinds) and history.kinds[at] == NATIVE:
@@ -137,14 +125,14 @@ class Reconstructor:
         return at, page
 
 
-def _page_redo(key: int, page: bytes | None, records: list[bytes]) -> PageRedo:
-    return PageRedo(
-        spcnode=key >> 104 & 0xFFFF,
-        dbnode=key >> 72 & 0xFFFF_FFFF,
-        relnode=key >> 40 & 0xFFFF_FFFF,
-        forknum=key >> 32 & 0xFF,
-        blkno=key & 0xFFFF_FFFF,
+def _request(key: int, page: bytes | None, records: list[bytes]) -> RedoRequest:
+    return RedoRequest(
+        spc=key >> 104 & 0xFFFF,
+        db=key >> 72 & 0xFFFF_FFFF,
+        rel=key >> 40 & 0xFFFF_FFFF,
+        fork=key >> 32 & 0xFF,
+        blk=key & 0xFFFF_FFFF,
         base=page,
-        records=records[0] if len(records) == 1 else b"".join(records),
-        count=len(records),
+        entries=records[0] if len(records) == 1 else b"".join(records),
+        nrecords=len(records),
     )

@@ -24,7 +24,7 @@ from neon_services.pageserver.image_creation import create_image_layers
 from neon_services.pageserver.index_part import IndexPart, LayerMetadata, naive_now
 from neon_services.pageserver.layers.delta import write_level0
 from neon_services.pageserver.layers.in_memory import InMemoryLayer
-from neon_services.pageserver.layers.layer import Layer, LayerEnvironment
+from neon_services.pageserver.layers.layer import Layer, LayerEnvironment, run_to_end
 from neon_services.pageserver.layers.layer_map import LayerMap, LayerView
 from neon_services.pageserver.layers.names import LayerName
 from neon_services.pageserver.location_config import TenantConf
@@ -102,6 +102,8 @@ class Timeline:
         self._room = asyncio.Event()
         self._room.set()
         self._flush_task: asyncio.Task[None] | None = None
+        self._rewriting = asyncio.Lock()
+        self._rewrite_task: asyncio.Task[list[Layer]] | None = None
 
     # -- identity and positions
 
@@ -187,7 +189,9 @@ class Timeline:
 
     async def create_image_layers(self) -> list[Layer]:
         """Flush and write image layers of everything at ``disk_consistent_lsn``; see ``image_creation``."""
-        return await create_image_layers(self)
+        async with self._rewriting:
+            self._rewrite_task = asyncio.get_running_loop().create_task(create_image_layers(self), name=f"images {self}")
+            return await asyncio.shield(self._rewrite_task)
 
     def _layer(self, name: LayerName, generation: int, size: int, resident: bool, writer: str | None = None) -> Layer:
         assert self.resources.directory is not None
@@ -200,12 +204,15 @@ class Timeline:
     async def shutdown(self, *, flush: bool, upload_timeout_s: float = 5.0) -> None:
         """Stop. With ``flush`` everything is first written to layer files and, if there is time, uploaded."""
         self.state = "Stopping" if self.state != "Broken" else self.state
+        if self._rewrite_task is not None:
+            self._rewrite_task.cancel()
+            await asyncio.gather(self._rewrite_task, return_exceptions=True)
         try:
             if flush and self._flush_task is not None:
                 await self.freeze_and_flush()
                 if self.uploads is not None:
                     async with asyncio.timeout(upload_timeout_s):
-                        await self.uploads.wait_idle()
+                        await self.uploads.wait_done()
         except (Cancelled, TimeoutError) as error:
             log.warning(
                 "timeline %s: uploads are not done at shutdown (%s); they are redone from WAL", self, error or "timeout"
@@ -295,6 +302,11 @@ class Timeline:
         """Return when ``remote_consistent_lsn >= lsn``."""
         await self._remote_consistent.wait(lsn, timeout_s, f"upload of timeline {self}")
 
+    async def wait_uploads(self, timeout_s: float | None = None) -> None:
+        """Return when all layers and indexes that exist by now are in remote storage."""
+        if self.uploads is not None:
+            await self.uploads.wait_done(timeout_s)
+
     def housekeeping(self) -> None:
         """Freeze an idle timeline's layer when it is old enough; called now and then."""
         if self.last_record_lsn >= self._next_open_lsn and self.state == "Active":
@@ -319,9 +331,7 @@ class Timeline:
         resources = self.resources
         added: list[Layer] = []
         if len(frozen):
-            name, size = await asyncio.get_running_loop().run_in_executor(
-                resources.environment.threads, self._write_level0, frozen
-            )
+            name, size = await run_to_end(resources.environment.threads, self._write_level0, frozen)
             added.append(self.new_layer(name, size))
         # no await from here to the end: readers see the rows in the file or in memory, never in both or in neither
         self.layer_map.replace(add=added)
@@ -378,7 +388,7 @@ class Timeline:
         """Upload the index and wait until it is there (timeline creation, deletion)."""
         if self.uploads is not None:
             self.uploads.upload_index(self.index())
-            await self.uploads.wait_idle()
+            await self.wait_uploads()
 
     def _index_uploaded(self, index: IndexPart) -> None:
         for name in index.layers:

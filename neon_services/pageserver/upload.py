@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from neon_services.ground.errors import Cancelled, NeonError
+from neon_services.ground.errors import Cancelled
 from neon_services.ground.remote_storage import RemoteStorage, RemoteStorageError
 from neon_services.pageserver.index_part import IndexPart
+from neon_services.pageserver.lsn_waiters import LsnWaiters
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ class UploadQueue:
         self._queued = _Round()
         self._held_deletions: list[str] = []
         self._wake = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._scheduled = 0  # operations so far
+        self._done = LsnWaiters(0)  # operations done, in the order in which they were scheduled
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
         self.failures = 0  #: consecutive
@@ -87,25 +88,17 @@ class UploadQueue:
             self._notify()
 
     def _notify(self) -> None:
-        self._idle.clear()
+        self._scheduled += 1
         self._wake.set()
 
     @property
     def pending(self) -> bool:
         """Whether anything is queued or under way."""
-        return not self._idle.is_set()
+        return self._done.lsn < self._scheduled
 
-    async def wait_idle(self, timeout_s: float | None = None) -> None:
-        """Return when all that is scheduled is done. Raises NeonError after the timeout, Cancelled when stopped."""
-        if self._stopped:
-            raise Cancelled(f"the upload queue of {self._name} is stopped")
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            raise NeonError(f"uploads of {self._name} are not done after {timeout_s:g} s") from None
-        if self._stopped and self._queued:
-            raise Cancelled(f"the upload queue of {self._name} is stopped")
+    async def wait_done(self, timeout_s: float | None = None) -> None:
+        """Return when all that is scheduled by now is done. Raises NeonError after the timeout, Cancelled when stopped."""
+        await self._done.wait(self._scheduled, timeout_s, f"the upload queue of {self._name}")
 
     async def stop(self) -> None:
         """Stop at once; what is not uploaded yet is uploaded again after the next start, from WAL or from local files."""
@@ -114,7 +107,7 @@ class UploadQueue:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        self._idle.set()
+        self._done.close(Cancelled(f"the upload queue of {self._name} is stopped"))
 
     # -- working
 
@@ -124,6 +117,7 @@ class UploadQueue:
             self._wake.clear()
             while self._queued:
                 current, self._queued = self._queued, _Round()
+                scheduled = self._scheduled
                 await self._upload_layers(current.layers)
                 if current.index is not None:
                     content = current.index.to_json()
@@ -133,7 +127,7 @@ class UploadQueue:
                 if self._held_deletions and self.may_delete:
                     keys, self._held_deletions = self._held_deletions, []
                     await self._retry("deletions", lambda keys=keys: self._remote.delete(keys))  # type: ignore[misc]
-            self._idle.set()
+                self._done.advance(scheduled)
 
     async def _upload_layers(self, layers: list[tuple[str, Path]]) -> None:
         slots = asyncio.Semaphore(_PARALLEL_UPLOADS)

@@ -8,6 +8,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from neon_services.ground.ids import TenantId, TimelineId
 from neon_services.pageserver.layers.block_cache import BlockCache
 from neon_services.pageserver.layers.layer import LayerEnvironment
 from neon_services.pageserver.location_config import TenantConf
-from neon_services.pageserver.reconstruct import PageRedo, Reconstructor
+from neon_services.pageserver.reconstruct import Reconstructor
 from neon_services.pageserver.shard import TenantShardId
 from neon_services.pageserver.timeline import Timeline, TimelineResources
 from neon_services.pageserver.values import IMAGE, WAL, ValueBatch
+from neon_services.wal.redo import RedoRequest, RedoResult, RedoStatus
 
 RECORD_BYTES, REFS_PER_RECORD, CHUNK_BYTES = 1120, 1.7, 128 * 1024
 HI = (1663 << 40) | (5 << 8)  # relation blocks of database 5
@@ -32,8 +34,8 @@ READ_BATCH = 64
 class InstantRedo:
     """Answers at once, so that only the engine is measured."""
 
-    async def apply_pages(self, requests: list[PageRedo]) -> list[bytes | str]:
-        return [request.base or b"" for request in requests]
+    async def apply(self, requests: Sequence[RedoRequest]) -> list[RedoResult]:
+        return [RedoResult(RedoStatus.OK, request.base) for request in requests]
 
 
 def make_timeline(directory: Path) -> Timeline:

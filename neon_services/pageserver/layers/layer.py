@@ -7,9 +7,11 @@ download appears under that name only when whole and synced. Concurrent reads of
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +29,20 @@ from neon_services.pageserver.values import U64Array
 log = logging.getLogger(__name__)
 
 _DOWNLOAD_ATTEMPTS = 6
+
+T = TypeVar("T")
+
+
+async def run_to_end(threads: Executor, call: Callable[..., T], *arguments: Any) -> T:
+    """Run a blocking call in a thread; a cancellation takes effect only when the call has ended, so that nothing is still
+    writing when the caller cleans up.
+    """
+    future = asyncio.get_running_loop().run_in_executor(threads, call, *arguments)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """A storage engine in one process for tests: tenants over a directory, with fake redo and a fake bootstrap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from neon_services.ground.remote_storage import LocalFsStorage, RemoteStorage
 from neon_services.pageserver.layers.block_cache import BlockCache
 from neon_services.pageserver.layers.layer import LayerEnvironment
 from neon_services.pageserver.location_config import LocationConf
-from neon_services.pageserver.reconstruct import PageRedo, Reconstructor
+from neon_services.pageserver.reconstruct import Reconstructor
 from neon_services.pageserver.shard import TenantShardId
 from neon_services.pageserver.tenant import NodeResources, Tenant
 from neon_services.pageserver.tenant_manager import TenantManager
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.values import IMAGE, ValueBatch
+from neon_services.wal.redo import RedoRequest, RedoResult, RedoStatus
 
 INITDB_LSN = 1000
 
@@ -26,9 +27,9 @@ class ConcatenatingRedo:
     def __init__(self) -> None:
         self.pages = 0
 
-    async def apply_pages(self, requests: list[PageRedo]) -> list[bytes | str]:
+    async def apply(self, requests: Sequence[RedoRequest]) -> list[RedoResult]:
         self.pages += len(requests)
-        return [(r.base or b"") + r.records for r in requests]
+        return [RedoResult(RedoStatus.OK, (r.base or b"") + r.entries) for r in requests]
 
 
 def concatenate(page: bytes | None, record: bytes, lsn: int, key: int) -> bytes:

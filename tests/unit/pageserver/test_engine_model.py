@@ -128,8 +128,7 @@ class Run:
 
     async def evict(self, timeline_id: TimelineId) -> None:
         timeline = self.timeline(timeline_id)
-        if timeline.disk_consistent_lsn:
-            await timeline.wait_uploaded(timeline.disk_consistent_lsn, 10)
+        await timeline.wait_uploads(10)
         for layer in timeline.layer_map.layers:
             if self.rng.random() < 0.5:
                 layer.evict()

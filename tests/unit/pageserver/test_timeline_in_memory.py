@@ -2,14 +2,16 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from neon_services.pageserver.layers.in_memory import InMemoryLayer
-from neon_services.pageserver.reconstruct import PageRedo, Reconstructor
+from neon_services.pageserver.reconstruct import Reconstructor
 from neon_services.pageserver.timeline import LsnTimeout, in_memory_timeline
 from neon_services.pageserver.values import IMAGE, NATIVE, TOMBSTONE, WAL, WAL_INIT, MissingKey, ValueBatch
+from neon_services.wal.redo import RedoRequest, RedoResult, RedoStatus
 
 
 class ConcatenatingRedo:
@@ -18,9 +20,9 @@ class ConcatenatingRedo:
     def __init__(self) -> None:
         self.pages = 0
 
-    async def apply_pages(self, requests: list[PageRedo]) -> list[bytes | str]:
+    async def apply(self, requests: Sequence[RedoRequest]) -> list[RedoResult]:
         self.pages += len(requests)
-        return [(r.base or b"") + r.records for r in requests]
+        return [RedoResult(RedoStatus.OK, (r.base or b"") + r.entries) for r in requests]
 
 
 def concatenate(page: bytes | None, record: bytes, lsn: int, key: int) -> bytes:
