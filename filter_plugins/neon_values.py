@@ -31,6 +31,11 @@ def scram_verifier(password: str, salt_source: str) -> str:
     return "SCRAM-SHA-256${}:{}${}:{}".format(_ITERATIONS, *encoded)
 
 
+def _basic_string(text: str) -> str:
+    # A JSON string is a TOML basic string, but for one control character that JSON leaves as it is.
+    return json.dumps(str(text), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def toml_value(value: Any) -> str:
     """A TOML value: strings, booleans, numbers, lists and (inline) tables."""
     if isinstance(value, bool):
@@ -38,7 +43,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value + 0)
     if isinstance(value, str):
-        return json.dumps(str(value), ensure_ascii=False)  # a JSON string is a TOML basic string
+        return _basic_string(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{toml_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -49,7 +54,7 @@ def toml_value(value: Any) -> str:
 def toml_key(key: str) -> str:
     """A TOML key, quoted when it must be."""
     text = str(key)
-    return text if text and all(c.isascii() and (c.isalnum() or c in "-_") for c in text) else json.dumps(text)
+    return text if text and all(c.isascii() and (c.isalnum() or c in "-_") for c in text) else _basic_string(text)
 
 
 def toml_document(table: Mapping[str, Any]) -> str:
