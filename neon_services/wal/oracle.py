@@ -40,7 +40,6 @@ class _Stream:
         magics: frozenset[int],
         on_record: Callable[[int, bytes, int], None],
         verify_crc: bool,
-        verify_skipped: bool,
     ) -> None:
         self.position = start_lsn
         self.record_end = start_lsn
@@ -48,7 +47,6 @@ class _Stream:
         self._magics = magics
         self._on_record = on_record
         self._verify_crc = verify_crc
-        self._verify_skipped = verify_skipped
         self._pending_end: int = align_lsn(start_lsn)
         self._skip_to = 0
         self._need_header = start_lsn % XLOG_BLCKSZ == 0
@@ -64,13 +62,8 @@ class _Stream:
             view = view[self._step(view) :]
 
     def _step(self, view: memoryview) -> int:
-        if self.position < self._skip_to and not (self._verify_skipped and self._need_header):
-            until = self._skip_to
-            if self._verify_skipped:
-                until = min(until, self.position - self.position % XLOG_BLCKSZ + XLOG_BLCKSZ)
-            n = self._advance(min(len(view), until - self.position))
-            self._need_header = self.position % XLOG_BLCKSZ == 0
-            return n
+        if self.position < self._skip_to:
+            return self._advance(min(len(view), self._skip_to - self.position))
         if self._need_header:
             return self._header_step(view)
         room = min(len(view), XLOG_BLCKSZ - self.position % XLOG_BLCKSZ)
@@ -120,8 +113,7 @@ class _Stream:
         header = framing.parse_page_header(raw)
         if header.segment_size not in (0, self._segment_size) or (len(raw) == 40 and not header.segment_size):
             raise _stop(STOP_INVALID, "page header with another WAL segment size", page)
-        if page >= self._skip_to:
-            self._continue_record(header, page)
+        self._continue_record(header, page)
 
     def _continue_record(self, header: framing.PageHeader, page: int) -> None:
         if header.info & framing.XLP_FIRST_IS_OVERWRITE_CONTRECORD:
@@ -185,8 +177,8 @@ class _Stream:
 class OracleScanner:
     """What WalScanner does, at perhaps 100 MB/s."""
 
-    def __init__(self, start_lsn: int, *, segment_size: int = WAL_SEGMENT_SIZE, verify_skipped: bool = False) -> None:
-        self._stream = _Stream(start_lsn, segment_size, _KNOWN_MAGICS, self._ignore, True, verify_skipped)
+    def __init__(self, start_lsn: int, *, segment_size: int = WAL_SEGMENT_SIZE) -> None:
+        self._stream = _Stream(start_lsn, segment_size, _KNOWN_MAGICS, self._ignore, True)
         self._error: WalDecodeError | None = None
 
     @staticmethod
@@ -219,7 +211,7 @@ class OracleDecoder:
 
     def __init__(self, start_lsn: int, pg_major: int, *, segment_size: int = WAL_SEGMENT_SIZE, verify_crc: bool = True) -> None:
         magics = frozenset({framing.page_magic(pg_major)})
-        self._stream = _Stream(start_lsn, segment_size, magics, self._on_record, verify_crc, False)
+        self._stream = _Stream(start_lsn, segment_size, magics, self._on_record, verify_crc)
         self._records: list[tuple] = []
         self._refs: list[tuple] = []
         self._blob = bytearray()

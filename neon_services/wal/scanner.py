@@ -23,7 +23,7 @@ _fallback_reported = False
 def _bind() -> ctypes.CDLL:
     library = load_any_waldec()
     library.walscan_new.restype = ctypes.c_void_p
-    library.walscan_new.argtypes = [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int]
+    library.walscan_new.argtypes = [ctypes.c_uint64, ctypes.c_uint32]
     library.walscan_free.restype = None
     library.walscan_free.argtypes = [ctypes.c_void_p]
     library.walscan_feed.restype = ctypes.c_int
@@ -36,10 +36,10 @@ def _bind() -> ctypes.CDLL:
 class _CompiledScanner:
     """The scanner in C: about a microsecond per call."""
 
-    def __init__(self, start_lsn: int, segment_size: int, verify_skipped: bool) -> None:
+    def __init__(self, start_lsn: int, segment_size: int) -> None:
         self._library = _bind()
         self._feed = self._library.walscan_feed
-        self._handle = self._library.walscan_new(start_lsn, segment_size, int(verify_skipped))
+        self._handle = self._library.walscan_new(start_lsn, segment_size)
         if self._handle is None:
             raise MemoryError("no memory for a WAL scanner")
         # the C structure begins with position and record_end_lsn
@@ -67,17 +67,17 @@ class _CompiledScanner:
             self._library.walscan_free(handle)
 
 
-def _new_scanner(start_lsn: int, segment_size: int, verify_skipped: bool):
+def _new_scanner(start_lsn: int, segment_size: int):
     global _fallback_reported
     try:
-        return _CompiledScanner(start_lsn, segment_size, verify_skipped)
+        return _CompiledScanner(start_lsn, segment_size)
     except ConfigError as error:
         if not _fallback_reported:
             _fallback_reported = True
             log.warning("WAL is scanned by the slow Python implementation: %s", error)
     from neon_services.wal.oracle import OracleScanner
 
-    return OracleScanner(start_lsn, segment_size=segment_size, verify_skipped=verify_skipped)
+    return OracleScanner(start_lsn, segment_size=segment_size)
 
 
 class WalScanner:
@@ -87,9 +87,8 @@ class WalScanner:
     unverified. After an error the scanner is of no more use: make a new one at a known record end.
     """
 
-    def __init__(self, start_lsn: int, *, segment_size: int = WAL_SEGMENT_SIZE, verify_skipped: bool = False) -> None:
-        """`verify_skipped` also demands page headers in the unused rest of a segment after XLOG_SWITCH."""
-        self._scanner = _new_scanner(start_lsn, segment_size, verify_skipped)
+    def __init__(self, start_lsn: int, *, segment_size: int = WAL_SEGMENT_SIZE) -> None:
+        self._scanner = _new_scanner(start_lsn, segment_size)
         self.feed: Callable[[bytes | bytearray | memoryview], None] = self._scanner.feed
         """Consume all of the chunk. Raises WalDecodeError (it names the LSN) on anything that is not valid WAL."""
 
@@ -115,7 +114,7 @@ def find_end_of_wal(read: Callable[[Lsn, int], bytes], start_lsn: int, *, segmen
     a page of zeros, a page of another position (a recycled file), a record with a wrong CRC or anything else that is not
     WAL: whatever follows the last valid record was never acknowledged. Returns `start_lsn` when no record follows it.
     """
-    scanner = WalScanner(start_lsn, segment_size=segment_size, verify_skipped=True)
+    scanner = WalScanner(start_lsn, segment_size=segment_size)
     try:
         while data := read(scanner.position, READ_SIZE - scanner.position % READ_SIZE):
             scanner.feed(data)

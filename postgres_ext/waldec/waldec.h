@@ -75,7 +75,7 @@ extern void waldec_consume(WalDec *dec);
 extern const char *waldec_error(const WalDec *dec);
 extern int	waldec_pg_version_num(void);
 
-extern WalStream *walscan_new(uint64_t start_lsn, uint32_t segment_size, int verify_skipped);
+extern WalStream *walscan_new(uint64_t start_lsn, uint32_t segment_size);
 extern void walscan_free(WalStream *stream);
 extern int	walscan_feed(WalStream *stream, const uint8_t *data, size_t len);
 extern const char *walscan_error(const WalStream *stream);

@@ -45,7 +45,7 @@ static const WalSink scan_sink = {ignore_begin, ignore_bytes, ignore_end, ignore
 
 /* NULL when out of memory. */
 WalStream *
-walscan_new(uint64_t start_lsn, uint32_t segment_size, int verify_skipped)
+walscan_new(uint64_t start_lsn, uint32_t segment_size)
 {
 	WalStream  *stream = calloc(1, sizeof(WalStream));
 
@@ -54,7 +54,6 @@ walscan_new(uint64_t start_lsn, uint32_t segment_size, int verify_skipped)
 	stream->sink = &scan_sink;
 	stream->segment_size = segment_size;
 	stream->verify_crc = true;
-	stream->verify_skipped = verify_skipped != 0;
 	walstream_start(stream, start_lsn);
 	return stream;
 }

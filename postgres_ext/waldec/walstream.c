@@ -205,7 +205,7 @@ take_page_header(WalStream *stream, const uint8_t *data, size_t len)
 	stream->page_header_have = 0;
 	if (check_page_header(stream, page, size) < 0)
 		return -1;
-	if (page >= stream->skip_to && continue_record(stream, page) < 0)
+	if (continue_record(stream, page) < 0)
 		return -1;
 	return (int64_t) n;
 }
@@ -224,16 +224,14 @@ advance(WalStream *stream, uint64_t n)
 	}
 }
 
-/* The rest of a segment after XLOG_SWITCH has no records. */
-static uint64_t
+/* The rest of a segment after XLOG_SWITCH is zeros, without page headers. */
+static int64_t
 skip_switched(WalStream *stream, size_t len)
 {
 	uint64_t	n = min_u64(len, stream->skip_to - stream->position);
 
-	if (stream->verify_skipped)
-		n = min_u64(n, WAL_PAGE_SIZE - stream->position % WAL_PAGE_SIZE);
 	advance(stream, n);
-	return n;
+	return (int64_t) n;
 }
 
 static int
@@ -364,11 +362,8 @@ walstream_feed(WalStream *stream, const uint8_t *data, size_t len)
 	{
 		int64_t		n;
 
-		if (stream->position < stream->skip_to && !(stream->verify_skipped && stream->need_page_header))
-		{
-			n = (int64_t) skip_switched(stream, len);
-			stream->need_page_header = stream->position % WAL_PAGE_SIZE == 0;
-		}
+		if (stream->position < stream->skip_to)
+			n = skip_switched(stream, len);
 		else if (stream->need_page_header)
 			n = take_page_header(stream, data, len);
 		else

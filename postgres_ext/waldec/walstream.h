@@ -58,7 +58,6 @@ struct WalStream
 	uint32_t	segment_size;
 	uint16_t	magic;			/* the only page magic accepted; 0: any known one */
 	bool		verify_crc;
-	bool		verify_skipped; /* page headers after an XLOG_SWITCH must be there too */
 
 	uint64_t	pending_end;	/* end of a complete record whose padding is not consumed yet; 0: none */
 	uint64_t	skip_to;		/* input before this LSN is the rest of a switched segment */
