@@ -42,23 +42,43 @@ def _orphan_pid(pgdata: Path) -> int | None:
     return pid if program in ("postgres", "postmaster") and same_place and pid != os.getpid() else None
 
 
+def _remove_socket_lock(pgdata: Path) -> None:
+    """Remove the lock of the Unix socket that a dead postmaster has left.
+
+    Postgres does so itself, but not while the dead one is still a zombie, which it takes for a living one.
+    """
+    try:
+        lines = (pgdata / "postmaster.pid").read_text().split("\n")
+        port, directory = int(lines[3]), lines[4].strip()
+        lock = Path(directory) / f".s.PGSQL.{port}.lock"
+        if directory and lock.read_text().split("\n", 1)[0] == lines[0]:
+            lock.unlink()
+    except (OSError, ValueError, IndexError):
+        return
+
+
 def fence_orphan(pgdata: Path) -> int | None:
     """Stop a postmaster that a killed compute_ctl has left, so that the port is free and nothing writes any more.
 
     Its pid, or None when there was none. Raises NeonError when it cannot be stopped.
     """
     pid = _orphan_pid(pgdata)
-    if pid is None:
-        return None
-    log.warning("stopping the Postgres (pid %d) that an earlier run has left in %s", pid, pgdata)
-    try:
-        for number in (signal.SIGQUIT, signal.SIGKILL):
+    if pid is not None:
+        log.warning("stopping the Postgres (pid %d) that an earlier run has left in %s", pid, pgdata)
+        _end(pid, pgdata)
+    _remove_socket_lock(pgdata)
+    return pid
+
+
+def _end(pid: int, pgdata: Path) -> None:
+    for number in (signal.SIGQUIT, signal.SIGKILL):
+        try:
             os.kill(pid, number)
-            deadline = time.monotonic() + ORPHAN_GRACE_S
-            while time.monotonic() < deadline:
-                if _orphan_pid(pgdata) != pid:
-                    return pid
-                time.sleep(0.01)
-    except ProcessLookupError:
-        return pid
+        except ProcessLookupError:
+            return
+        deadline = time.monotonic() + ORPHAN_GRACE_S
+        while time.monotonic() < deadline:
+            if _orphan_pid(pgdata) != pid:
+                return
+            time.sleep(0.01)
     raise NeonError(f"Postgres with pid {pid}, which an earlier run has left in {pgdata}, does not end")

@@ -117,8 +117,8 @@ def build_data_directory(path: Path, basebackup: bytes, base_lsn: Lsn, ttid: Ten
         _write(path / _placed(name), content)
     _pad_slrus(path, start)
     _write(path / CONTROL_FILE, start.control)
-    for name, segment in start.segments.items():
-        _write_sparse(path / WAL_DIRECTORY / name, segment)
+    for name, writes in start.segments.items():
+        _write_sparse(path / WAL_DIRECTORY / name, start.segment_size, writes)
     _install_pages(path, sizes, pages)
     identity = block_map.MapIdentity(start.system_id, base_lsn, ttid)
     block_map.write_map(path / block_map.MAP_FILE, block_map.build_map(identity, sizes, pages))
@@ -221,15 +221,13 @@ def _write(path: Path, content: bytes) -> None:
             view = view[file.write(view) :]
 
 
-def _write_sparse(path: Path, content: bytes) -> None:
-    """Write only the pages that hold something."""
+def _write_sparse(path: Path, size: int, writes: list[tuple[int, bytes]]) -> None:
+    """A file of zeros with a few bytes in it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.ftruncate(descriptor, len(content))
-        pages = np.frombuffer(content, dtype=np.uint64).reshape(-1, block_map.BLOCK_SIZE // 8)
-        for index in np.flatnonzero(pages.any(axis=1)).tolist():
-            start = index * block_map.BLOCK_SIZE
-            os.pwrite(descriptor, content[start : start + block_map.BLOCK_SIZE], start)
+        os.ftruncate(descriptor, size)
+        for offset, content in writes:
+            os.pwrite(descriptor, content, offset)
     finally:
         os.close(descriptor)
 

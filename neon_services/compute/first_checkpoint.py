@@ -40,7 +40,9 @@ class FirstCheckpoint:
     system_id: int
     data_checksums: int
     control: bytes
-    segments: dict[str, bytes]
+    segment_size: int
+    #: (offset, bytes) to write, by the segment's file name; all else in a segment is zero.
+    segments: dict[str, list[tuple[int, bytes]]]
     next_xid: int
     next_multi: int
     next_multi_offset: int
@@ -103,17 +105,27 @@ def make_first_checkpoint(control: bytes, base_lsn: Lsn, previous_lsn: Lsn, majo
     record = build_shutdown_checkpoint_record(bytes(checkpoint), prev_lsn=previous_lsn)
     segments = _segments(record, position, system_id, segment_size, major)
     return FirstCheckpoint(
-        Lsn(position), system_id, data_checksums, bytes(changed), segments, next_xid, next_multi, next_multi_offset
+        Lsn(position),
+        system_id,
+        data_checksums,
+        bytes(changed),
+        segment_size,
+        segments,
+        next_xid,
+        next_multi,
+        next_multi_offset,
     )
 
 
-def _segments(record: bytes, position: Lsn, system_id: int, segment_size: int, major: int) -> dict[str, bytes]:
+def _segments(
+    record: bytes, position: Lsn, system_id: int, segment_size: int, major: int
+) -> dict[str, list[tuple[int, bytes]]]:
     """The one or two segments with the record at ``position``, all else before it zero except page headers."""
-    images: dict[int, bytearray] = {}
+    writes: dict[str, list[tuple[int, bytes]]] = {}
 
     def put(lsn: int, content: bytes) -> None:
-        image = images.setdefault(segment_number(lsn, segment_size), bytearray(segment_size))
-        image[lsn % segment_size : lsn % segment_size + len(content)] = content
+        name = segment_file_name(segment_number(lsn, segment_size), segment_size)
+        writes.setdefault(name, []).append((lsn % segment_size, content))
 
     def header(page: int, remaining: int) -> bytes:
         return build_page_header(
@@ -127,4 +139,4 @@ def _segments(record: bytes, position: Lsn, system_id: int, segment_size: int, m
     put(page, header(page, position - page - page_header_size(page, segment_size)))
     for lsn, content in place_record(position, record, pg_major=major, system_identifier=system_id, segment_size=segment_size):
         put(lsn, content)
-    return {segment_file_name(number, segment_size): bytes(image) for number, image in images.items()}
+    return writes

@@ -99,6 +99,14 @@ class Source:
             descriptor = self._files[key] = os.open(path, os.O_RDONLY)
         return os.pread(descriptor, BLOCK, block % SEGMENT_BLOCKS * BLOCK).ljust(BLOCK, b"\0")
 
+    @staticmethod
+    def map_with_other_system(header: bytes) -> bytes:
+        """The head of a block map that belongs to another system, with a right checksum."""
+        changed = bytearray(header)
+        changed[16] ^= 1
+        struct.pack_into("<I", changed, 12, crc32c.crc32c(bytes(changed[16:96])))
+        return bytes(changed)
+
     # -- basebackup
 
     def basebackup(self, lsn: Lsn, *, skeleton: bool = True) -> bytes:
@@ -116,7 +124,7 @@ class Source:
                 info = tarfile.TarInfo(name)
                 info.type, info.mode = tarfile.DIRTYPE, 0o755
                 archive.addfile(info)
-            put("pg_hba.conf", b"local all all trust\nhost all all 127.0.0.1/32 trust\n")
+            put("pg_hba.conf", b"local all all trust\nlocal replication all trust\nhost all all 127.0.0.1/32 trust\n")
             put("pg_ident.conf", b"")
             put("postgresql.auto.conf", b"")
             for directory in _SLRU:
