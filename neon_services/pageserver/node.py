@@ -8,27 +8,31 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from neon_services.ground import http
 from neon_services.ground.errors import ConfigError
-from neon_services.ground.http import ApiError
 from neon_services.ground.ids import TimelineId
 from neon_services.ground.remote_storage import open_remote_storage
-from neon_services.pageserver import native_records
+from neon_services.pageserver import keys, native_records
+from neon_services.pageserver.bootstrap import bootstrap_timeline
 from neon_services.pageserver.http_api import ManagementApi
 from neon_services.pageserver.layers.block_cache import BlockCache
 from neon_services.pageserver.layers.layer import LayerEnvironment
 from neon_services.pageserver.metrics import EngineCollector
 from neon_services.pageserver.reconstruct import Reconstructor
+from neon_services.pageserver.relations import Relations
 from neon_services.pageserver.settings import Settings
+from neon_services.pageserver.shard import TenantShardId
 from neon_services.pageserver.tenant import NodeResources
 from neon_services.pageserver.tenant_manager import TenantManager
 from neon_services.pageserver.timeline import Timeline
+from neon_services.pageserver.values import SPARSE_FIELD1
 from neon_services.storage_broker.client import BrokerClient
-from neon_services.wal.redo import RedoPool
+from neon_services.wal.redo import PAGE_SIZE, RedoPool
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +97,12 @@ class PageserverNode:
             for timeline in self.tenants.timelines():
                 timeline.housekeeping()
 
+    def _pg_bin_dir(self, pg_version: int) -> Path:
+        return self.settings.pg_distrib_dir / str(pg_version) / "bin"
+
     def _default_pg_version(self) -> int:
         """The newest Postgres major installed below ``pg_distrib_dir``."""
-        installed = [m for m in _PG_MAJORS if (self.settings.pg_distrib_dir / str(m) / "bin" / "postgres").exists()]
+        installed = [m for m in _PG_MAJORS if (self._pg_bin_dir(m) / "postgres").exists()]
         if not installed:
             raise ConfigError(f"pg_distrib_dir: no Postgres found in {self.settings.pg_distrib_dir}/<major>/bin")
         return max(installed)
@@ -103,17 +110,26 @@ class PageserverNode:
     def _reconstructor(self, pg_version: int) -> Reconstructor:
         found = self._reconstructors.get(pg_version)
         if found is None:
-            binaries = self.settings.pg_distrib_dir / str(pg_version) / "bin"
-            pool = RedoPool(binaries, pg_version, _REDO_HELPERS, self.settings.wal_redo_timeout_s)
+            pool = RedoPool(self._pg_bin_dir(pg_version), pg_version, _REDO_HELPERS, self.settings.wal_redo_timeout_s)
             self._redo_pools.append(pool)
             found = self._reconstructors[pg_version] = Reconstructor(pool, native_records.apply)
         return found
 
     # -- what tenants need of the layers above the engine
 
-    async def bootstrap(self, timeline_id: TimelineId, pg_version: int, make: Callable[[int], Timeline]) -> Timeline:
+    async def bootstrap(
+        self, shard: TenantShardId, timeline_id: TimelineId, pg_version: int, make: Callable[[int], Timeline]
+    ) -> Timeline:
         """Run initdb and import the data directory."""
-        raise ApiError(501, "bootstrap is not available in this build")
+        return await bootstrap_timeline(
+            tenant_id=shard.tenant_id,
+            timeline_id=timeline_id,
+            pg_version=pg_version,
+            pg_bin_dir=self._pg_bin_dir(pg_version),
+            work_dir=self.settings.workdir / "initdb",
+            remote=self.remote,
+            make=make,
+        )
 
     def activated(self, timeline: Timeline) -> None:
         """Start receiving WAL."""
@@ -125,8 +141,26 @@ class PageserverNode:
 
     async def timeline_extra(self, timeline: Timeline, query: dict[str, str]) -> dict[str, Any]:
         """Fields of TimelineInfo about WAL receiving and logical size."""
-        return {}
+        relations, extra = Relations.of(timeline), dict[str, Any]()
+        if query.get("force-await-initial-logical-size") == "true":
+            await relations.compute_logical_size()
+        if relations.logical_size is not None:
+            extra |= {"current_logical_size": relations.logical_size, "current_logical_size_is_accurate": True}
+        if query.get("include-non-incremental-logical-size") == "true":
+            sizes = await relations.relation_sizes(timeline.last_record_lsn)
+            extra["current_logical_size_non_incremental"] = PAGE_SIZE * sum(sizes.values())
+        return extra
 
     async def keyspace(self, timeline: Timeline, lsn: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Key ranges that exist at an LSN."""
-        raise ApiError(501, "key space enumeration is not available in this build")
+        """Key ranges that exist at an LSN: the relations' blocks and sizes; and the sparse range."""
+        dense: list[tuple[int, int]] = []
+        for tag, blocks in sorted((await Relations.of(timeline).relation_sizes(lsn)).items()):
+            first, size = _join(keys.relation_block(tag, 0)), _join(keys.relation_size(tag))
+            if blocks:
+                dense.append((first, first + blocks))
+            dense.append((size, size + 1))
+        return dense, [(SPARSE_FIELD1 << 120, 0x7F << 120)]
+
+
+def _join(halves: tuple[int, int]) -> int:
+    return halves[0] << 64 | halves[1]

@@ -40,7 +40,9 @@ TimelineFactory = Callable[[int], Timeline]
 class TimelineServices(Protocol):
     """What the layers above the storage engine do for a timeline."""
 
-    async def bootstrap(self, timeline_id: TimelineId, pg_version: int, make: TimelineFactory) -> Timeline:
+    async def bootstrap(
+        self, shard: TenantShardId, timeline_id: TimelineId, pg_version: int, make: TimelineFactory
+    ) -> Timeline:
         """Run initdb, call ``make(initdb_lsn)`` and import the data directory into the timeline."""
 
     def activated(self, timeline: Timeline) -> None:
@@ -277,8 +279,8 @@ class Tenant:
             return timeline
 
         try:
-            timeline = await self._node.services.bootstrap(timeline_id, pg_version, make)
-            await timeline.freeze_and_flush()
+            timeline = await self._node.services.bootstrap(self.shard, timeline_id, pg_version, make)
+            await timeline.create_image_layers()  # every compute's first reads, and every branch's, go there
             self._apply_mode(timeline)
             timeline.schedule_uploads(timeline.layer_map.layers)
             await timeline.upload_index_now()

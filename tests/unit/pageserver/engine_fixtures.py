@@ -43,7 +43,9 @@ class FakeServices:
     def __init__(self) -> None:
         self.active: set[TimelineId] = set()
 
-    async def bootstrap(self, timeline_id: TimelineId, pg_version: int, make: Callable[[int], Timeline]) -> Timeline:
+    async def bootstrap(
+        self, shard: TenantShardId, timeline_id: TimelineId, pg_version: int, make: Callable[[int], Timeline]
+    ) -> Timeline:
         timeline = make(INITDB_LSN)
         timeline.ingest(ValueBatch.build([(0, 0, INITDB_LSN, IMAGE, b"initdb")]), INITDB_LSN, 0)
         timeline.ingest(ValueBatch.build([(0, 1, INITDB_LSN + 8, IMAGE, b"checkpoint")]), INITDB_LSN + 8, INITDB_LSN)

@@ -26,10 +26,8 @@ async def test_create_is_durable_in_remote_storage_and_idempotent(tmp_path: Path
     key = f"tenants/{shard}/timelines/{timeline_id}/index_part.json-00000001"
     index = json.loads(await engine.remote.get(key))
     assert index["version"] == 15 and index["metadata_bytes"]["initdb_lsn"] == "0/3E8"
-    (name,) = index["layer_metadata"]
-    assert await engine.remote.list_keys(f"tenants/{shard}/") == sorted(
-        [key, f"tenants/{shard}/timelines/{timeline_id}/{name}-00000001"]
-    )
+    layers = [f"tenants/{shard}/timelines/{timeline_id}/{name}-00000001" for name in index["layer_metadata"]]
+    assert len(layers) == 2 and await engine.remote.list_keys(f"tenants/{shard}/") == sorted([key, *layers])
     assert await tenant.create_timeline(timeline_id, pg_version=15) is timeline
     with pytest.raises(ApiError, match="other parameters"):
         await tenant.create_timeline(timeline_id, pg_version=16)
@@ -63,7 +61,8 @@ async def test_restart_keeps_what_was_flushed_and_attach_needs_only_the_bucket(t
         assert await timeline.get(0, 0, 2000) == b"initdb+a"
         assert await child.get(0, 0, 3000) == b"initdb+child"
         assert child.ancestor is timeline
-        assert [layer.resident for layer in timeline.layer_map.layers] == [True, True]
+        visited = [layer.resident for t in (timeline, child) for layer in t.layer_map.layers]
+        assert visited.count(True) == again.environment.downloads if wipe else all(visited)
         assert again.environment.downloads == (3 if wipe else 0)
         await again.crash()
 
@@ -154,14 +153,15 @@ async def test_local_leftovers_without_index_are_removed(tmp_path: Path):
     timelines = tmp_path / "tenants" / str(shard) / "timelines"
     orphan = timelines / str(TimelineId.generate())
     orphan.mkdir()
-    (layer,) = (timelines / str(main)).iterdir()
-    (layer.parent / "ephemeral-7").write_text("x")
-    (layer.parent / (layer.name + ".___temp")).write_text("x")
-    layer.write_bytes(layer.read_bytes() + b"x")
+    directory = timelines / str(main)
+    for layer in list(directory.iterdir()):
+        (directory / (layer.name + ".___temp")).write_text("x")
+        layer.write_bytes(layer.read_bytes() + b"x")
+    (directory / "ephemeral-7").write_text("x")
     again = Engine(tmp_path)
     again.tenants.start()
     timeline = (await again.tenant(shard)).get_timeline(main)
-    assert not orphan.exists() and list(layer.parent.iterdir()) == []
+    assert not orphan.exists() and list(directory.iterdir()) == []
     assert await timeline.get(0, 0, 2000) == b"initdb"
     assert again.environment.downloads == 1
     await again.crash()
