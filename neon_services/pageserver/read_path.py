@@ -41,6 +41,9 @@ class Readable(Protocol):
     def historic_view(self) -> HistoricView:
         """A snapshot of the layer files."""
 
+    async def wait_lsn(self, lsn: int) -> None:
+        """Return when everything up to the LSN is there."""
+
 
 @dataclass(slots=True)
 class Piece:
@@ -120,5 +123,7 @@ async def search_timeline(timeline: Readable, key_hi: U64Array, key_lo: U64Array
         inherited = ~np.isin(field1, NOT_INHERITED_FIELD1)
         search.open = search.open[inherited]
         np.minimum(search.ceiling, np.uint64(level.ancestor_lsn + 1), out=search.ceiling)
+        # after a crash the ancestor may not yet have received again what it had when the branch was made
+        await level.ancestor.wait_lsn(level.ancestor_lsn)
         level = level.ancestor
     return search

@@ -445,6 +445,8 @@ class Timeline:
             found += [layer.scan(start, end, 0, lsn + 1) for layer in level.in_memory_layers()]
             found += await view.keys_in_range(start, end, lsn)
             lsn = min(lsn, level.ancestor_lsn)
+            if level.ancestor is not None:
+                await level.ancestor.wait_lsn(level.ancestor_lsn)
             level = level.ancestor
         if not found:
             return _NO_KEYS, _NO_KEYS
