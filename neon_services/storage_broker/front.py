@@ -18,9 +18,9 @@ BUFFER_BYTES = 256 * 1024
 class _Leg(asyncio.Protocol):
     """One side of a relayed connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, other: "_Leg | None" = None) -> None:
         self.transport: asyncio.Transport | None = None
-        self.other: _Leg | None = None
+        self.other = other
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
@@ -97,7 +97,8 @@ class _Client(_Leg):
     async def _connect(self, path: Path) -> None:
         assert self.transport is not None
         try:
-            _, server = await asyncio.get_running_loop().create_unix_connection(_Leg, str(path))
+            # the server's side knows its client from the start: a gRPC server speaks before it is spoken to
+            _, server = await asyncio.get_running_loop().create_unix_connection(lambda: _Leg(self), str(path))
         except OSError as error:
             log.error("%s: %s", path, error)
             self.transport.abort()
@@ -106,7 +107,7 @@ class _Client(_Leg):
         if self.transport.is_closing():
             server.transport.abort()
             return
-        server.other, self.other = self, server
+        self.other = server
         server.transport.write(bytes(self._first))
         self._first.clear()
         if self._eof:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from neon_services.storage_broker.front import Front
 
@@ -135,3 +136,24 @@ async def test_a_lost_client_ends_the_server_side(servers: Servers) -> None:
     assert await asyncio.wait_for(reader.readexactly(1), 5) == b"x"
     writer.transport.abort()
     assert await asyncio.wait_for(ended, 5)
+
+
+def test_a_server_that_speaks_first_is_heard(tmp_path: Path) -> None:
+    """As gRPC servers do: their first frame must not get lost while the two sides are being joined. On the real loop."""
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"settings")
+        await reader.read(-1)
+
+    async def scenario() -> None:
+        servers = Servers(tmp_path)
+        await servers.start()
+        servers.scripts = {"grpc": greet, "http": greet}
+        for _ in range(200):
+            reader, writer = await servers.connect()
+            writer.write(b"PRI * HTTP/2.0")
+            assert await asyncio.wait_for(reader.readexactly(8), 5) == b"settings"
+            writer.close()
+        await servers.stop()
+
+    uvloop.run(scenario())
