@@ -88,8 +88,8 @@ class Host:
         self.write("root/.ssh/authorized_keys", authorized_key, 0o600)
         (self.disk / "root/.ssh").chmod(0o700)
         (self.disk / "root").chmod(0o700)
-        if image.mirror:
-            self.write("etc/apt/sources.list", "deb [trusted=yes] file:///srv/apt ./\n")
+        # A host reaches no archive but the one it is given; without one it has the packages of its image.
+        self.write("etc/apt/sources.list", "deb [trusted=yes] file:///srv/apt ./\n" if image.mirror else "")
         # A host has no console to log in on.
         for unit in ("console-getty.service", "getty@.service"):
             self._inside(f"etc/systemd/system/{unit}").symlink_to("/dev/null")
