@@ -109,21 +109,21 @@ def build_data_directory(path: Path, basebackup: bytes, base_lsn: Lsn, ttid: Ten
     members = _read_members(basebackup)
     major = _major_of(members)
     start = make_first_checkpoint(members.control, base_lsn, parse_previous_lsn(members.signal), major)
-    sizes, pages = _relations(members, bool(start.data_checksums))
+    sizes, pages = _relations(members, bool(start.control.data_checksum_version))
 
     path.mkdir(mode=0o700)
     _make_directories(path, members, sizes)
     for name, content in members.files.items():
         _write(path / _placed(name), content)
     _pad_slrus(path, start)
-    _write(path / CONTROL_FILE, start.control)
+    _write(path / CONTROL_FILE, start.control.to_bytes())
     for name, writes in start.segments.items():
-        _write_sparse(path / WAL_DIRECTORY / name, start.segment_size, writes)
+        _write_sparse(path / WAL_DIRECTORY / name, start.control.xlog_seg_size, writes)
     _install_pages(path, sizes, pages)
-    identity = block_map.MapIdentity(start.system_id, base_lsn, ttid)
+    identity = block_map.MapIdentity(start.control.system_identifier, base_lsn, ttid)
     block_map.write_map(path / block_map.MAP_FILE, block_map.build_map(identity, sizes, pages))
     _guard(path)
-    return DataDirectory(path, base_lsn, start.checkpoint_lsn, start.system_id, major, len(sizes), len(pages))
+    return DataDirectory(path, base_lsn, start.checkpoint_lsn, start.control.system_identifier, major, len(sizes), len(pages))
 
 
 def _read_members(basebackup: bytes) -> _Members:

@@ -5,11 +5,8 @@ shutdown, so it starts without recovery, on the same system identifier and timel
 The record is real WAL: it is the first thing that the compute proposes to the safekeepers.
 """
 
-import struct
 import time
-from dataclasses import dataclass
-
-import crc32c
+from dataclasses import dataclass, replace
 
 from neon_services.ground.errors import NeonError, ProtocolViolation
 from neon_services.ground.lsn import (
@@ -21,15 +18,10 @@ from neon_services.ground.lsn import (
     segment_file_name,
     segment_number,
 )
+from neon_services.wal.control_data import ControlFile, DBState
 from neon_services.wal.framing import build_page_header, build_shutdown_checkpoint_record, place_record, record_start
 
-SUPPORTED_MAJORS = (15, 16, 17)  # the layout of pg_control and CheckPoint below was checked for these
-CONTROL_FILE_SIZE = 8192
-_CONTROL_CRC_OFFSET = 288
-_STATE_OFFSET, _TIME_OFFSET, _CHECKPOINT_OFFSET, _COPY_OFFSET = 16, 24, 32, 40
-_SEGMENT_SIZE_OFFSET, _CHECKSUMS_OFFSET = 228, 252
-_CHECKPOINT_SIZE = 88
-_STATE_SHUTDOWNED = 1
+SUPPORTED_MAJORS = (15, 16, 17)  # those that the library is verified with
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +29,16 @@ class FirstCheckpoint:
     """pg_control and the WAL segments (by file name) with the record."""
 
     checkpoint_lsn: Lsn
-    system_id: int
-    data_checksums: int
-    control: bytes
-    segment_size: int
+    control: ControlFile
     #: (offset, bytes) to write, by the segment's file name; all else in a segment is zero.
     segments: dict[str, list[tuple[int, bytes]]]
-    next_xid: int
-    next_multi: int
-    next_multi_offset: int
 
     def slru_pages(self) -> dict[str, int]:
         """The last SLRU page that startup may read, per directory."""
         return {
-            "pg_xact": (self.next_xid & 0xFFFF_FFFF) // 32768,
-            "pg_multixact/offsets": self.next_multi // 2048,
-            "pg_multixact/members": self.next_multi_offset // 1636,
+            "pg_xact": (self.control.checkpoint.next_full_xid & 0xFFFF_FFFF) // 32768,
+            "pg_multixact/offsets": self.control.checkpoint.next_multi // 2048,
+            "pg_multixact/members": self.control.checkpoint.next_multi_offset // 1636,
         }
 
 
@@ -82,39 +68,14 @@ def make_first_checkpoint(control: bytes, base_lsn: Lsn, previous_lsn: Lsn, majo
     """Place the record after ``base_lsn``, with ``xl_prev`` = ``previous_lsn``, from the basebackup's pg_control."""
     if major not in SUPPORTED_MAJORS:
         raise NeonError(f"the timeline is of Postgres {major}; computes of {SUPPORTED_MAJORS} are supported")
-    if len(control) != CONTROL_FILE_SIZE:
-        raise ProtocolViolation(f"pg_control in the basebackup has {len(control)} bytes, not {CONTROL_FILE_SIZE}")
-    if crc32c.crc32c(control[:_CONTROL_CRC_OFFSET]) != struct.unpack_from("<I", control, _CONTROL_CRC_OFFSET)[0]:
-        raise ProtocolViolation("pg_control in the basebackup fails its checksum")
-    changed = bytearray(control)
-    (system_id,) = struct.unpack_from("<Q", control, 0)
-    (segment_size,) = struct.unpack_from("<I", control, _SEGMENT_SIZE_OFFSET)
-    position = record_start(base_lsn, segment_size)
-    (data_checksums,) = struct.unpack_from("<I", control, _CHECKSUMS_OFFSET)
-
-    checkpoint = bytearray(control[_COPY_OFFSET : _COPY_OFFSET + _CHECKPOINT_SIZE])
-    struct.pack_into("<QII", checkpoint, 0, position, TLI, TLI)
-    struct.pack_into("<q", checkpoint, 64, int(time.time()))
-    next_xid, _, next_multi, next_multi_offset = struct.unpack_from("<QIII", checkpoint, 24)
-
-    struct.pack_into("<I", changed, _STATE_OFFSET, _STATE_SHUTDOWNED)
-    struct.pack_into("<qQ", changed, _TIME_OFFSET, int(time.time()), position)
-    changed[_COPY_OFFSET : _COPY_OFFSET + _CHECKPOINT_SIZE] = checkpoint
-    struct.pack_into("<I", changed, _CONTROL_CRC_OFFSET, crc32c.crc32c(bytes(changed[:_CONTROL_CRC_OFFSET])))
-
-    record = build_shutdown_checkpoint_record(bytes(checkpoint), prev_lsn=previous_lsn)
-    segments = _segments(record, position, system_id, segment_size, major)
-    return FirstCheckpoint(
-        Lsn(position),
-        system_id,
-        data_checksums,
-        bytes(changed),
-        segment_size,
-        segments,
-        next_xid,
-        next_multi,
-        next_multi_offset,
-    )
+    stored = ControlFile.parse(control)
+    position = record_start(base_lsn, stored.xlog_seg_size)
+    now = int(time.time())
+    checkpoint = replace(stored.checkpoint, redo=position, tli=TLI, prev_tli=TLI, time=now)
+    changed = replace(stored, state=DBState.SHUTDOWNED, time=now, checkpoint_lsn=position, checkpoint=checkpoint)
+    record = build_shutdown_checkpoint_record(checkpoint.to_bytes(), prev_lsn=previous_lsn)
+    segments = _segments(record, position, stored.system_identifier, stored.xlog_seg_size, major)
+    return FirstCheckpoint(position, changed, segments)
 
 
 def _segments(

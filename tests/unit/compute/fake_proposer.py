@@ -37,7 +37,10 @@ class Fake:
             assert error.sqlstate == "42710", error
         await client.start_copy_both(f'START_REPLICATION SLOT "wal_proposer_slot" PHYSICAL {command["start_lsn"]}')
         emit(event="attached")
-        while (message := await client.next_copy_data()) is not None:
+        while (queued := await client.next_message()) is not None and queued[0] == ord(
+            "d"
+        ):  # Postgres ends with CommandComplete
+            message = queued[1]
             if message[:1] == b"w":
                 (start,) = struct.unpack_from("!Q", message, 1)
                 self.end_lsn = start + len(message) - 25
