@@ -15,7 +15,8 @@ from aiohttp import web
 
 from neon_services.ground import http
 from neon_services.ground.errors import ConfigError
-from neon_services.ground.ids import TimelineId
+from neon_services.ground.http import ApiError
+from neon_services.ground.ids import TenantId, TimelineId
 from neon_services.ground.remote_storage import open_remote_storage
 from neon_services.pageserver import keys, native_records
 from neon_services.pageserver.bootstrap import bootstrap_timeline
@@ -23,6 +24,7 @@ from neon_services.pageserver.http_api import ManagementApi
 from neon_services.pageserver.layers.block_cache import BlockCache
 from neon_services.pageserver.layers.layer import LayerEnvironment
 from neon_services.pageserver.metrics import EngineCollector
+from neon_services.pageserver.page_service import PageService
 from neon_services.pageserver.reconstruct import Reconstructor
 from neon_services.pageserver.relations import Relations
 from neon_services.pageserver.settings import Settings
@@ -59,6 +61,7 @@ class PageserverNode:
         self._reconstructors: dict[int, Reconstructor] = {}
         node = NodeResources(self.environment, self._reconstructor, self.remote, self, settings.tenant_config)
         self.tenants = TenantManager(node, settings.tenants_dir)
+        self._page_service = PageService(self.find_timeline, wait_lsn_timeout_s=settings.wait_lsn_timeout_s)
         self._http: web.AppRunner | None = None
         self._housekeeping: asyncio.Task[None] | None = None
 
@@ -74,11 +77,17 @@ class PageserverNode:
             self._http = await http.serve(api.application, host, port)
         except OSError as error:
             raise ConfigError(f"listen_http_addr: cannot listen on {host}:{port}: {error.strerror or error}") from error
+        host, port = self.settings.listen_pg
+        try:
+            await self._page_service.start(host, port)
+        except OSError as error:
+            raise ConfigError(f"listen_pg_addr: cannot listen on {host}:{port}: {error.strerror or error}") from error
         self._housekeeping = asyncio.get_running_loop().create_task(self._keep_house(), name="housekeeping")
-        log.info("pageserver %d serves HTTP on %s:%d", self.settings.node_id, host, port)
+        log.info("pageserver %d: pages on %s:%d, HTTP on %s:%d", self.settings.node_id, host, port, *self.settings.listen_http)
 
     async def stop(self) -> None:
         """Stop everything; in-memory data is flushed."""
+        await self._page_service.stop()
         if self._housekeeping is not None:
             self._housekeeping.cancel()
             await asyncio.gather(self._housekeeping, return_exceptions=True)
@@ -114,6 +123,13 @@ class PageserverNode:
             self._redo_pools.append(pool)
             found = self._reconstructors[pg_version] = Reconstructor(pool, native_records.apply)
         return found
+
+    async def find_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> Timeline:
+        """An active timeline of an unsharded tenant. Raises ApiError 404 when it is not here, 503 when it is not active."""
+        timeline = (await self.tenants.active_tenant(TenantShardId(tenant_id))).get_timeline(timeline_id)
+        if timeline.state != "Active":
+            raise ApiError(503, f"timeline {timeline} is not active, it is {timeline.state}: try again")
+        return timeline
 
     # -- what tenants need of the layers above the engine
 

@@ -218,7 +218,7 @@ class Timeline:
                 "timeline %s: uploads are not done at shutdown (%s); they are redone from WAL", self, error or "timeout"
             )
         finally:
-            closed = Cancelled(f"timeline {self} is shutting down")
+            closed = self._stopped()
             for waiters in (self._last_record, self._disk_consistent, self._remote_consistent):
                 waiters.close(closed)
             if self._flush_task is not None:
@@ -227,6 +227,9 @@ class Timeline:
                 self._flush_task = None
             if self.uploads is not None:
                 await self.uploads.stop()
+
+    def _stopped(self) -> Cancelled:
+        return Cancelled(f"timeline {self} is shutting down")
 
     def remove_local_files(self) -> None:
         """Delete the timeline's directory; only after ``shutdown``."""
@@ -241,6 +244,8 @@ class Timeline:
         Synchronous and cheap. Rows must lie above the last frozen layer and not above ``last_record_lsn``. ``prev_record_lsn``
         is the *start* of the last record, as the next record's ``xl_prev`` will name it. An empty batch only moves the LSNs.
         """
+        if self.state == "Stopping":
+            raise self._stopped()
         if len(batch):
             assert int(batch.lsn.max()) <= last_record_lsn, "a value above the batch's last record"
             if self._open is not None and len(self._open) and self._should_roll(batch, last_record_lsn):
@@ -413,6 +418,8 @@ class Timeline:
 
         An item is ``bytes``, or a ``MissingKey`` (also for a tombstone), or a ``RedoFailed``; errors of layers are raised.
         """
+        if self.state == "Stopping":
+            raise self._stopped()  # whoever still holds a detached timeline must look it up again
         hi, lo = np.asarray(key_hi, np.uint64), np.asarray(key_lo, np.uint64)
         search = await search_timeline(self, hi, lo, lsn)
         return await self.resources.reconstructor.reconstruct(hi.tolist(), lo.tolist(), await search.histories(), lsn)
