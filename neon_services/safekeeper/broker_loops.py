@@ -106,7 +106,8 @@ class BrokerLoops:
             started = time.perf_counter()
             pushed = 0
             for timeline in self._timelines.all():
-                if timeline.active and not timeline.cancelled:
+                if (timeline.active or timeline.push_once) and not timeline.cancelled:
+                    timeline.push_once = False
                     yield timeline_info(self._config, timeline)
                     pushed += 1
                     metrics.BROKER_PUSHED_UPDATES.inc()

@@ -90,6 +90,7 @@ class Manager:
         active = is_broker_active(timeline.acceptor, timeline.computes)
         if active != timeline.active:
             timeline.active = active
+            timeline.push_once = True
             metrics.MANAGER_ACTIVE_CHANGES.inc()
         since_saved = time.monotonic() - timeline.control_saved_at
         try:

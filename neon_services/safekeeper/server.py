@@ -3,6 +3,8 @@
 import asyncio
 import logging
 
+import prometheus_client
+
 from neon_services.ground.durable import sync_filesystem
 from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.http import serve
@@ -11,6 +13,7 @@ from neon_services.safekeeper.broker_loops import BrokerLoops
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.http_api import HttpApi
 from neon_services.safekeeper.manager import Manager
+from neon_services.safekeeper.timeline_metrics import TimelineCollector
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.wal_service import WalServiceHandler
 from neon_services.storage_broker.client import BrokerClient
@@ -44,6 +47,7 @@ class SafekeeperServer:
         loops = BrokerLoops(config, self.timelines, self._broker)
         await self._listen("--listen-pg", config.listen_pg)
         await self._listen("--listen-http", config.listen_http)
+        prometheus_client.REGISTRY.register(TimelineCollector(self.timelines))
         self._tasks = [
             asyncio.create_task(manager.run(), name="manager"),
             asyncio.create_task(loops.run(), name="broker loops"),

@@ -56,6 +56,8 @@ class Timeline:
         self.peers: dict[int, Peer] = {}
         self.cancelled = False
         self.active = False
+        #: Tell the broker once more although the timeline is not active: a peer does not know what we know.
+        self.push_once = False
         self.removed_segment = 0  # the highest segment removed in this process's life
         self.control_saved_at = time.monotonic()
         self.ps_feedback_count = 0
@@ -173,6 +175,8 @@ class Timeline:
     def record_peer(self, peer: Peer) -> None:
         """What the broker says about a member, ourselves included."""
         self.peers[peer.sk_id] = peer
+        if peer.info.remote_consistent_lsn < self.acceptor.remote_consistent_lsn:
+            self.push_once = True  # else it stays active for ever, waiting for what the pageserver told only us
         if peer.sk_id != self.acceptor.node_id and self.acceptor.peer_info(peer.info):
             self.changed()
             self.on_change(self)

@@ -1,6 +1,9 @@
 """The front's relay against scripted servers: choice by the first bytes, half-close, back-pressure, lost ends."""
 
 import asyncio
+import contextlib
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -140,20 +143,33 @@ async def test_a_lost_client_ends_the_server_side(servers: Servers) -> None:
 
 def test_a_server_that_speaks_first_is_heard(tmp_path: Path) -> None:
     """As gRPC servers do: their first frame must not get lost while the two sides are being joined. On the real loop."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "grpc"))
+    listener.listen(100)
 
-    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"settings")
-        await reader.read(-1)
+    def greet() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                accepted, _ = listener.accept()
+                accepted.sendall(b"settings")
+                accepted.recv(100)
+                accepted.close()
 
     async def scenario() -> None:
-        servers = Servers(tmp_path)
-        await servers.start()
-        servers.scripts = {"grpc": greet, "http": greet}
-        for _ in range(200):
-            reader, writer = await servers.connect()
+        front = Front(tmp_path / "grpc", tmp_path / "http")
+        await front.start("127.0.0.1", 0)
+        for _ in range(300):
+            reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
             writer.write(b"PRI * HTTP/2.0")
             assert await asyncio.wait_for(reader.readexactly(8), 5) == b"settings"
             writer.close()
-        await servers.stop()
+        await front.stop()
 
-    uvloop.run(scenario())
+    server = threading.Thread(target=greet)
+    server.start()
+    try:
+        uvloop.run(scenario())
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        server.join()
