@@ -21,6 +21,11 @@ class LsnWaiters:
         self._sequence = itertools.count()
         self._closed: NeonError | None = None
 
+    @property
+    def waiting(self) -> bool:
+        """Whether some task waits for an LSN that is not reached."""
+        return any(not future.done() for _, _, future in self._heap)
+
     def advance(self, lsn: int) -> None:
         """Move forward and wake who waited for that. Moving backwards is ignored."""
         if lsn <= self.lsn:

@@ -413,6 +413,11 @@ class Timeline:
         """Return when ``last_record_lsn >= lsn``. Raises LsnTimeout, or Cancelled when the timeline shuts down."""
         await self._last_record.wait(lsn, timeout_s, f"timeline {self}")
 
+    @property
+    def has_lsn_waiters(self) -> bool:
+        """Whether somebody waits for WAL that has not been ingested."""
+        return self._last_record.waiting
+
     async def get_many(self, key_hi: U64Array | Sequence[int], key_lo: U64Array | Sequence[int], lsn: int) -> list[Any]:
         """The values of keys at an LSN (``lsn <= last_record_lsn`` is the caller's business).
 
