@@ -213,11 +213,11 @@ class LocationConf:
         path = directory / CONFIG_NAME
         try:
             table = tomli.loads(path.read_text())
-            (kind, detail), shard = next(iter(table["mode"].items())), table.get("shard", {})
+            (kind, detail), shard = next(iter(table["mode"].items())), table["shard"]
             return cls(
                 mode="Attached" + detail["attach_mode"] if kind == "Attached" else "Secondary",
                 generation=int(detail["generation"]) if kind == "Attached" else None,
-                tenant_conf=check_tenant_conf(table.get("tenant_conf", {}), str(path)),
+                tenant_conf=check_tenant_conf(table["tenant_conf"], str(path)),
                 warm=bool(detail.get("warm", False)),
                 shard_number=int(shard.get("number", 0)),
                 shard_count=int(shard.get("count", 0)),
