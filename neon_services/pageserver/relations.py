@@ -50,6 +50,7 @@ class Relations:
         self._old: OrderedDict[tuple[RelTag, int], int | None] = OrderedDict()
         #: Bytes of all relations at the tip; None until ``compute_logical_size`` ran. Ingest keeps it up to date.
         self.logical_size: int | None = None
+        self._growth_while_counting = 0
 
     @classmethod
     def of(cls, timeline: Timeline) -> "Relations":
@@ -96,9 +97,12 @@ class Relations:
 
     def set_tip_size(self, tag: RelTag, lsn: int, size: int | None) -> None:
         """Ingest: the fork has this size from ``lsn`` on (None: it is gone)."""
+        before = self._tip.get(tag)
+        change = ((size or 0) - (before[1] or 0 if before else 0)) * PAGE_SIZE
         if self.logical_size is not None:
-            before = self._tip.get(tag)
-            self.logical_size += ((size or 0) - (before[1] or 0 if before else 0)) * PAGE_SIZE
+            self.logical_size += change
+        else:
+            self._growth_while_counting += change
         self._tip[tag] = (lsn, size)
 
     # -- directories
@@ -123,11 +127,11 @@ class Relations:
 
     async def compute_logical_size(self) -> int:
         """The bytes of all relations at the tip; from the first call on kept up to date by ingest."""
-        while self.logical_size is None:
-            lsn = self._timeline.last_record_lsn
-            total = PAGE_SIZE * sum((await self.relation_sizes(lsn)).values())
-            if lsn == self._timeline.last_record_lsn:  # else ingest was faster: read again
-                self.logical_size = total
+        if self.logical_size is None:
+            before = self._growth_while_counting
+            total = PAGE_SIZE * sum((await self.relation_sizes(self._timeline.last_record_lsn)).values())
+            if self.logical_size is None:  # unless somebody else has counted meanwhile
+                self.logical_size = total + self._growth_while_counting - before
         return self.logical_size
 
 
