@@ -322,7 +322,7 @@ async def test_kill_loop_keeps_every_acknowledged_byte(fleet: Fleet) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     generator = random.Random(seed)
-    wal = WalMaker(START, WAL_SEGMENT_SIZE, seed=seed).until(START + 6_000_000, 30_000)
+    wal = WalMaker(START, WAL_SEGMENT_SIZE, seed=seed).until(START + 8_000_000, 30_000)
     ttid, acknowledged, rounds = new_ttid(), START, 0
     while acknowledged < wal.end:
         rounds += 1
@@ -340,7 +340,7 @@ async def test_kill_loop_keeps_every_acknowledged_byte(fleet: Fleet) -> None:
         await leader.stream(max(end, leader.term_start), chunk=generator.randrange(500, 131_072))
         acknowledged = max(acknowledged, leader.commit)
         for member in leader.members:
-            leader.send(member, wal.end, generator.randrange(500, 131_072))
+            leader.send(member, min(wal.end, member.sent + 1_000_000), generator.randrange(500, 131_072))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(generator.random() * 0.05):  # die somewhere in the middle of it
                 while True:
