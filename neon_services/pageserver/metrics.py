@@ -44,6 +44,9 @@ class EngineCollector(Collector):
         yield CounterMetricFamily(
             "pageserver_ondemand_download_bytes_total", "Bytes of these layers", value=environment.downloaded_bytes
         )
+        yield CounterMetricFamily(
+            "pageserver_layer_files_damaged", "Local files that failed a check", value=environment.damaged
+        )
         yield GaugeMetricFamily("pageserver_config_ignored_items", "Unknown keys in pageserver.toml", self._ignored)
 
     def _timelines(self) -> Iterator[Metric]:

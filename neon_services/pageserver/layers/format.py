@@ -132,7 +132,7 @@ def _starts(lengths: U32Array, base: int) -> U64Array:
 def corrupt(where: str, what: str) -> CorruptionError:
     """The error for a damaged layer file, with the repair."""
     return CorruptionError(
-        f"layer file {where}: {what}; remove the file and restart: it is downloaded again from remote storage"
+        f"layer file {where}: {what}; without a copy in remote storage, restore it from a backup of the bucket"
     )
 
 

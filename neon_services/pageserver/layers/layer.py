@@ -2,12 +2,13 @@
 
 Invariant: the bytes under the local name have the size that the index names and passed the checks of ``LayerFile.open``; a
 download appears under that name only when whole and synced. Concurrent reads of an absent layer share one download.
+A local file that fails a check is replaced from remote storage, if the layer is there; the read goes on.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class LayerEnvironment:
     sync: bool = True
     downloads: int = 0
     downloaded_bytes: int = 0
+    damaged: int = 0  #: local files that failed a check and were downloaded again
 
 
 class Layer:
@@ -111,12 +113,40 @@ class Layer:
     async def _open(self) -> LayerFile:
         if not self.resident:
             await self._download()
+        try:
+            return await self._open_local()
+        except CorruptionError as error:
+            self._give_up_local_copy(error)
+        await self._download()
+        return await self._open_local()
+
+    async def _open_local(self) -> LayerFile:
         environment = self._environment
 
         def open_file() -> LayerFile:
             return LayerFile.open(self.path, self.name, self._timeline_id, environment.cache)
 
         return await asyncio.get_running_loop().run_in_executor(environment.threads, open_file)
+
+    def _give_up_local_copy(self, error: CorruptionError) -> None:
+        """Set a damaged file aside if remote storage has the layer; otherwise raise the error."""
+        if not self.uploaded or self._environment.remote is None:
+            raise error
+        log.error("%s", error)
+        self._environment.damaged += 1
+        self.resident = False
+        self._file = None
+        self.path.unlink(missing_ok=True)
+
+    async def _attempt(self, operation: Callable[[LayerFile], Awaitable[T]]) -> T:
+        """Carry out a read; when the local file turns out to be damaged, once more with a fresh copy."""
+        file = await self.file()
+        try:
+            return await operation(file)
+        except CorruptionError as error:
+            if self._file is file:
+                self._give_up_local_copy(error)
+        return await operation(await self.file())
 
     async def _download(self) -> None:
         remote = self._environment.remote
@@ -166,12 +196,12 @@ class Layer:
 
     async def find(self, key_hi: U64Array, key_lo: U64Array, floor: U64Array, ceiling: U64Array) -> Hits:
         """Rows of the keys with ``floor <= lsn < ceiling`` (per key), oldest first within a key."""
-        return await (await self.file()).find(key_hi, key_lo, floor, ceiling, self._environment.threads)
+        return await self._attempt(lambda file: file.find(key_hi, key_lo, floor, ceiling, self._environment.threads))
 
     async def keys(self, start: tuple[int, int], end: tuple[int, int], floor: int, ceiling: int) -> tuple[U64Array, U64Array]:
         """Keys of a range that have rows in an LSN range; with repetitions."""
-        return await (await self.file()).keys(start, end, floor, ceiling, self._environment.threads)
+        return await self._attempt(lambda file: file.keys(start, end, floor, ceiling, self._environment.threads))
 
     async def fetch(self, position: U64Array, length: np.ndarray) -> list[bytes]:
         """The bytes of rows that ``find`` named."""
-        return await (await self.file()).fetch(position, length, self._environment.threads)
+        return await self._attempt(lambda file: file.fetch(position, length, self._environment.threads))

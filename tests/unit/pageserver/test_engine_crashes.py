@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Camera:
         self.snapshots: list[Snapshot] = []
         self.timeline: Timeline | None = None
         self.enabled = False
+        self._lock = threading.RLock()
         for name in ("rename", "unlink"):
             self._surround(monkeypatch, Path, name)
         self._surround(monkeypatch, LayerWriter, "finish")
@@ -40,10 +42,11 @@ class Camera:
         original = getattr(owner, name)
 
         def step(*arguments: Any, **options: Any) -> Any:
-            self.take()
-            answer = original(*arguments, **options)
-            self.take()
-            return answer
+            with self._lock:  # threads flush and upload at the same time; a picture shows one moment
+                self.take()
+                answer = original(*arguments, **options)
+                self.take()
+                return answer
 
         monkeypatch.setattr(owner, name, step)
 
@@ -52,9 +55,9 @@ class Camera:
             return
         self.enabled = False
         target = self.base.with_name(f"{self.base.name}-{len(self.snapshots)}")
+        created, promised = self.timeline is not None, 0 if self.timeline is None else self.timeline.remote_consistent_lsn
         shutil.copytree(self.base, target)
-        promised = 0 if self.timeline is None else self.timeline.remote_consistent_lsn
-        self.snapshots.append(Snapshot(target, promised, self.timeline is not None))
+        self.snapshots.append(Snapshot(target, promised, created))
         self.enabled = True
 
 

@@ -1,11 +1,14 @@
 """Tenants and timelines: attach, create, branch, restart, detach, delete."""
 
+import asyncio
 import json
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 
+from neon_services.ground.errors import CorruptionError
 from neon_services.ground.http import ApiError
 from neon_services.ground.ids import TimelineId
 from neon_services.pageserver.timeline import Timeline
@@ -165,3 +168,29 @@ async def test_local_leftovers_without_index_are_removed(tmp_path: Path):
     assert await timeline.get(0, 0, 2000) == b"initdb"
     assert again.environment.downloads == 1
     await again.crash()
+
+
+@pytest.mark.parametrize("where", [5, 300, -100, -20])
+async def test_damaged_local_layer_is_taken_from_remote_storage_again(tmp_path: Path, where: int):
+    engine, shard, main = Engine(tmp_path), new_shard(), TimelineId.generate()
+    timeline = await (await engine.attach(shard)).create_timeline(main, pg_version=15)
+    value = random.Random(1).randbytes(5000)
+    write(timeline, 2000, (0, IMAGE, value))
+    await timeline.freeze_and_flush()
+    await timeline.wait_uploads(5)
+    layer = next(layer for layer in timeline.layer_map.layers if layer.name.lsn_end == 2001)
+    damage(layer.path, where)
+    assert await asyncio.gather(*(timeline.get(0, 0, 2000) for _ in range(3))) == [value] * 3
+    assert (engine.environment.damaged, engine.environment.downloads) == (1, 1)
+    # in both places: an error that names the layer, never wrong bytes
+    layer.evict()
+    damage(tmp_path / "remote" / layer.remote_key, where)
+    with pytest.raises(CorruptionError, match=str(layer.name)):
+        await timeline.get(0, 0, 2000)
+    await engine.crash()
+
+
+def damage(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 0x10
+    path.write_bytes(content)
