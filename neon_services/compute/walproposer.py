@@ -291,9 +291,9 @@ class WalProposer:
 
     def _broadcast_commit(self) -> None:
         """Safekeepers, and through them pageservers, learn commit_lsn soon when no append carries it."""
-        idle_s = self._loop.time() - self._commit_moved_s
-        if idle_s < COMMIT_BROADCAST_S:
-            self._loop.call_later(COMMIT_BROADCAST_S - idle_s, self._broadcast_commit)
+        if self._loop.time() - self._commit_moved_s < COMMIT_BROADCAST_S:
+            # not the exact rest: the loop's clock counts milliseconds, and a rest below one would make it spin
+            self._loop.call_later(COMMIT_BROADCAST_S, self._broadcast_commit)
             return
         self._broadcast_armed = False
         for link in self.links:

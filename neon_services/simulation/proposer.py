@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 from neon_services.consensus.proposer import Deposed, MemberPhase, ProposerConfig
 from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import Lsn
-from neon_services.protocols.safekeeper_messages import AcceptorMessage, parse_append_request
+from neon_services.protocols.safekeeper_messages import AcceptorMessage, ProposerElected, parse_append_request
 from neon_services.simulation.network import Connection
 
 if TYPE_CHECKING:
     from neon_services.simulation.world import World
 
 TICK_US = 100_000
-MAX_CHUNK = 96
 
 
 class SimulatedProposer:
@@ -67,12 +66,16 @@ class SimulatedProposer:
             return
         world = self.world
         for slot in range(len(world.nodes)):
-            if slot not in self.connections and slot not in self.connecting:
-                self.connecting.add(slot)
-                world.after(world.delay_us(), self._connect, slot)
+            if slot not in self.connections:
+                self._connect_soon(slot)
             elif self.core.members[slot].phase is MemberPhase.ACTIVE:
                 self._heartbeat(slot)
         world.after(TICK_US, self._tick)
+
+    def _connect_soon(self, slot: int) -> None:
+        if slot not in self.connecting:
+            self.connecting.add(slot)
+            self.world.after(self.world.delay_us(), self._connect, slot)
 
     def _connect(self, slot: int) -> None:
         self.connecting.discard(slot)
@@ -96,6 +99,8 @@ class SimulatedProposer:
         if self.connections.get(connection.slot) is connection:
             del self.connections[connection.slot]
             self.core.disconnected(connection.slot)
+            if self.alive and self.world.random.random() < 0.5:
+                self._connect_soon(connection.slot)  # at once; else with the next tick
 
     def deliver(self, connection: Connection, message: AcceptorMessage) -> None:
         """One message from a safekeeper."""
@@ -122,6 +127,8 @@ class SimulatedProposer:
                 world.after(world.random.randint(0, 30_000), self._write)
         for slot, answer in outgoing:
             self.connections[slot].send_to_safekeeper(answer)
+            if isinstance(answer, ProposerElected) and world.random.random() < world.profile.stalled_elected:
+                world.stall(self.connections[slot])
         for slot in core.must_reconnect():
             old = self.connections.get(slot)
             if old is not None:
@@ -172,7 +179,7 @@ class SimulatedProposer:
             return
         world = self.world
         begin = member.sent_lsn
-        end = Lsn(min(self.end_lsn, begin + world.random.randint(1, MAX_CHUNK)))
+        end = Lsn(min(self.end_lsn, begin + world.random.randint(1, world.profile.chunk)))
         if begin < core.term_start_lsn:
             end = Lsn(min(end, core.term_start_lsn))
             data = self._from_donor(slot, begin, end)

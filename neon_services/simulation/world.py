@@ -19,7 +19,7 @@ from neon_services.consensus.acceptor import (
     TruncateWal,
     WriteWal,
 )
-from neon_services.consensus.proposer import MemberPhase, Proposer
+from neon_services.consensus.proposer import Proposer
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP, MembershipConfiguration, SafekeeperId
@@ -68,7 +68,11 @@ class Profile:
     #: Mean time between two of the events that break things.
     gap_us: int
     write_gap_us: int
+    #: Most WAL bytes in one append: small ones make catching up slow, and leave partial logs behind.
+    chunk: int
     connect_failure: float
+    #: How often the announcement of a leader gets stuck on its way.
+    stalled_elected: float
     crash_at_effect: dict[type[Any], float]
     #: Relative frequency of what breaks.
     weights: dict[str, float] = field(default_factory=dict)
@@ -76,6 +80,8 @@ class Profile:
     @classmethod
     def draw(cls, rng: random.Random) -> "Profile":
         """Choose a weather."""
+        if rng.random() < 0.3:
+            return cls.contested(rng)
         crash = rng.choice((0.0, 0.002, 0.005, 0.01))
         return cls(
             nodes=5 if rng.random() < 0.2 else 3,
@@ -84,7 +90,9 @@ class Profile:
             delay_us=rng.choice(((100, 2000), (500, 10_000), (1000, 60_000))),
             gap_us=rng.choice((15_000, 40_000, 100_000)),
             write_gap_us=rng.choice((5_000, 20_000, 80_000)),
+            chunk=rng.choice((24, 96, 400)),
             connect_failure=rng.choice((0.0, 0.1, 0.5)),
+            stalled_elected=rng.choice((0.0, 0.05, 0.3)),
             crash_at_effect={effect: crash * CRASH_WEIGHT.get(effect, 4.0) for effect in EFFECTS},
             weights={
                 "crash": rng.choice((0.2, 1, 3)),
@@ -99,11 +107,44 @@ class Profile:
             },
         )
 
+    @classmethod
+    def contested(cls, rng: random.Random) -> "Profile":
+        """Short-lived leaders that each leave a different tail on a minority: where the rules about terms are needed."""
+        return cls(
+            nodes=3,
+            legacy=False,
+            duration_us=1_500_000,
+            delay_us=(100, 2000),
+            gap_us=rng.choice((15_000, 30_000)),
+            write_gap_us=rng.choice((3_000, 10_000)),
+            chunk=rng.choice((16, 32)),
+            connect_failure=rng.choice((0.0, 0.3)),
+            stalled_elected=0.0,
+            crash_at_effect=dict.fromkeys(EFFECTS, 0.0),
+            weights={
+                "isolate": 6,
+                "propose": 3,
+                "kill": 3,
+                "partition": 2,
+                "break": 1,
+                "crash": 0.3,
+                "stall": 1,
+                "gossip": 0.5,
+            },
+        )
+
 
 class World:
     """One schedule. ``run()`` raises InvariantViolation, which names the seed."""
 
-    def __init__(self, seed: int, *, kinds: Kinds | None = None, log: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        kinds: Kinds | None = None,
+        draw: Callable[[random.Random], Profile] | None = None,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
         self.seed = seed
         self.random = random.Random(seed)
         self.kinds = kinds or Kinds()
@@ -112,7 +153,7 @@ class World:
         self.start_lsn = START_LSN
         self.now_us = 0
         self.stats = Stats()
-        self.profile = Profile.draw(self.random)
+        self.profile = (draw or Profile.draw)(self.random)
         self.checker = Checker(self)
         self.writing = True
         self._events: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -198,8 +239,9 @@ class World:
     def run(self) -> Stats:
         """Run the schedule to its end."""
         self._spawn(sync=False)
-        self.after(300_000, self._unrest)
-        self._run_until(self.profile.duration_us)
+        quiet_us = 200_000 + 12 * self.profile.delay_us[1]  # time enough for a first leader
+        self.after(quiet_us, self._unrest)
+        self._run_until(quiet_us + self.profile.duration_us)
         self.stats.unruly_commits = self.stats.commits
         self._settle()
         if not self.stats.elections or not self.stats.commits:
@@ -261,14 +303,15 @@ class World:
             self.trace("%s reaches %s only until %.1f ms", leader, kept, until / 1000)
 
     def _stall(self) -> None:
-        """A connection's messages are late by much while the proposer gives it up: an old and a new connection overlap."""
         live = [connection for proposer in self._alive() for connection in proposer.connections.values()]
         if live:
-            early = [c for c in live if c.proposer.core.members[c.slot].phase is not MemberPhase.ACTIVE]
-            chosen = self.random.choice(early or live)
-            chosen.stalled_until_us = self.now_us + self.random.randint(50_000, 400_000)
-            self.trace("%s stalls until %.1f ms", chosen, chosen.stalled_until_us / 1000)
-            self.after(self.random.randint(0, 50_000), self._give_up, chosen)
+            self.stall(self.random.choice(live))
+
+    def stall(self, connection: Connection) -> None:
+        """A connection's messages are late by much while the proposer gives it up: an old and a new connection overlap."""
+        connection.stalled_until_us = self.now_us + self.random.randint(20_000, 300_000)
+        self.trace("%s stalls until %.1f ms", connection, connection.stalled_until_us / 1000)
+        self.after(self.random.randint(0, 5_000), self._give_up, connection)
 
     def _give_up(self, connection: Connection) -> None:
         if connection.proposer.connections.get(connection.slot) is connection:
@@ -299,7 +342,7 @@ class World:
         self.trace("all faults stop; committed up to %d", self.checker.committed_lsn)
         self._calm = True
         self._partitions.clear()
-        self.profile.connect_failure = 0.0
+        self.profile.connect_failure = self.profile.stalled_elected = 0.0
         self.profile.delay_us = (100, 1000)
         self.profile.write_gap_us = 3000
         self.profile.crash_at_effect = dict.fromkeys(EFFECTS, 0.0)
