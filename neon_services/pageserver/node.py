@@ -17,6 +17,7 @@ from neon_services.ground import http
 from neon_services.ground.errors import ConfigError
 from neon_services.ground.http import ApiError
 from neon_services.ground.ids import TenantId, TimelineId
+from neon_services.ground.lsn import format_lsn
 from neon_services.ground.remote_storage import open_remote_storage
 from neon_services.pageserver import keys, native_records
 from neon_services.pageserver.bootstrap import bootstrap_timeline
@@ -33,6 +34,7 @@ from neon_services.pageserver.tenant import NodeResources
 from neon_services.pageserver.tenant_manager import TenantManager
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.values import SPARSE_FIELD1
+from neon_services.pageserver.walreceiver import WalReceiver
 from neon_services.storage_broker.client import BrokerClient
 from neon_services.wal.redo import PAGE_SIZE, RedoPool
 
@@ -61,6 +63,7 @@ class PageserverNode:
         self._reconstructors: dict[int, Reconstructor] = {}
         node = NodeResources(self.environment, self._reconstructor, self.remote, self, settings.tenant_config)
         self.tenants = TenantManager(node, settings.tenants_dir)
+        self._receivers: dict[Timeline, WalReceiver] = {}
         self._page_service = PageService(self.find_timeline, wait_lsn_timeout_s=settings.wait_lsn_timeout_s)
         self._http: web.AppRunner | None = None
         self._housekeeping: asyncio.Task[None] | None = None
@@ -149,15 +152,30 @@ class PageserverNode:
 
     def activated(self, timeline: Timeline) -> None:
         """Start receiving WAL."""
+        receiver = WalReceiver(timeline, self.broker, self.settings.node_id, self.settings.availability_zone)
+        self._receivers[timeline] = receiver
+        receiver.start()
 
     async def stopping(self, timeline: Timeline) -> None:
         """Stop receiving WAL."""
+        receiver = self._receivers.pop(timeline, None)
+        if receiver is not None:
+            await receiver.stop()
 
     # -- what the API needs of them
 
     async def timeline_extra(self, timeline: Timeline, query: dict[str, str]) -> dict[str, Any]:
         """Fields of TimelineInfo about WAL receiving and logical size."""
-        relations, extra = Relations.of(timeline), dict[str, Any]()
+        relations, receiver = Relations.of(timeline), self._receivers.get(timeline)
+        extra: dict[str, Any] = {}
+        if receiver is not None:
+            received = receiver.last_received_msg_lsn
+            extra = {
+                "walreceiver_status": receiver.status,
+                "wal_source_connstr": receiver.wal_source_connstr,
+                "last_received_msg_lsn": None if received is None else format_lsn(received),
+                "last_received_msg_ts": receiver.last_received_msg_ts,
+            }
         if query.get("force-await-initial-logical-size") == "true":
             await relations.compute_logical_size()
         if relations.logical_size is not None:

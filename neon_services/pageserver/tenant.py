@@ -198,8 +198,7 @@ class Tenant:
     def _activate(self, timeline: Timeline) -> None:
         self._apply_mode(timeline)
         timeline.start()
-        if self.conf.mode != "AttachedStale":
-            self._node.services.activated(timeline)
+        self._node.services.activated(timeline)  # in mode AttachedStale, too: computes read here until they are told otherwise
 
     def _apply_mode(self, timeline: Timeline) -> None:
         timeline.attach_uploads(uploading=self.conf.mode != "AttachedStale", may_delete=self.conf.mode == "AttachedSingle")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from neon_services.ground.errors import Cancelled
+from neon_services.ground.errors import Cancelled, NeonError
 from neon_services.ground.ids import TenantId, TimelineId
 from neon_services.pageserver.image_creation import create_image_layers
 from neon_services.pageserver.index_part import IndexPart, LayerMetadata, naive_now
@@ -162,6 +162,8 @@ class Timeline:
         self.uploads.may_delete = may_delete
         if uploading:
             self.uploads.start()
+        else:
+            self.uploads.pause()
 
     def load_index(self, index: IndexPart) -> None:
         """Take over the layers that an index names; whatever lies beyond its ``disk_consistent_lsn`` is left out."""
@@ -210,13 +212,10 @@ class Timeline:
         try:
             if flush and self._flush_task is not None:
                 await self.freeze_and_flush()
-                if self.uploads is not None:
-                    async with asyncio.timeout(upload_timeout_s):
-                        await self.uploads.wait_done()
-        except (Cancelled, TimeoutError) as error:
-            log.warning(
-                "timeline %s: uploads are not done at shutdown (%s); they are redone from WAL", self, error or "timeout"
-            )
+                if self.uploads is not None and not self.uploads.paused:
+                    await self.wait_uploads(upload_timeout_s)
+        except (Cancelled, LsnTimeout) as error:
+            log.warning("timeline %s: not everything is uploaded at shutdown; it will come from WAL again: %s", self, error)
         finally:
             closed = self._stopped()
             for waiters in (self._last_record, self._disk_consistent, self._remote_consistent):
@@ -308,8 +307,10 @@ class Timeline:
         await self._remote_consistent.wait(lsn, timeout_s, f"upload of timeline {self}")
 
     async def wait_uploads(self, timeout_s: float | None = None) -> None:
-        """Return when all layers and indexes that exist by now are in remote storage."""
+        """Return when all layers and indexes that exist by now are in remote storage. Raises NeonError when uploads are off."""
         if self.uploads is not None:
+            if self.uploads.paused:
+                raise NeonError(f"timeline {self} uploads nothing: its tenant is attached in mode AttachedStale")
             await self.uploads.wait_done(timeout_s)
 
     def housekeeping(self) -> None:

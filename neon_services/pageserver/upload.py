@@ -61,13 +61,23 @@ class UploadQueue:
         self._scheduled = 0  # operations so far
         self._done = LsnWaiters(0)  # operations done, in the order in which they were scheduled
         self._task: asyncio.Task[None] | None = None
+        self._running = asyncio.Event()
         self._stopped = False
         self.failures = 0  #: consecutive
 
     def start(self) -> None:
-        """Begin to work; without this (attach mode Stale) operations only queue."""
+        """Begin or go on to work; without this (attach mode Stale) operations only queue."""
+        self._running.set()
         if self._task is None and not self._stopped:
             self._task = asyncio.get_running_loop().create_task(self._work(), name=f"upload {self._name}")
+
+    def pause(self) -> None:
+        """Begin no further operation until ``start``: another node may be the writer now."""
+        self._running.clear()
+
+    @property
+    def paused(self) -> bool:
+        return not self._running.is_set()
 
     # -- scheduling
 
@@ -143,6 +153,7 @@ class UploadQueue:
     async def _retry(self, what: str, operation: Callable[[], Awaitable[None]]) -> None:
         delay = _BACKOFF_MIN_S
         for attempt in range(1, 1 << 62):
+            await self._running.wait()
             try:
                 await operation()
                 self.failures = 0
