@@ -133,12 +133,13 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         return value
 
     parse_http_endpoint(arguments.broker_endpoint, what="--broker-endpoint")
+    listen_pg = parse_host_port(arguments.listen_pg, what="--listen-pg")
     advertise_pg = arguments.advertise_pg or arguments.listen_pg
     parse_host_port(advertise_pg, what="--advertise-pg")
     return SafekeeperConfig(
         datadir=datadir,
         node_id=node_id,
-        listen_pg=parse_host_port(arguments.listen_pg, what="--listen-pg"),
+        listen_pg=listen_pg,
         listen_http=parse_host_port(arguments.listen_http, what="--listen-http"),
         advertise_pg=advertise_pg,
         http_connstr=arguments.listen_http,

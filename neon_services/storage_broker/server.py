@@ -65,7 +65,11 @@ class BrokerServer:
         await self._http.setup()
         await web.UnixSite(self._http, str(directory / "http")).start()
         self._front = Front(directory / "grpc", directory / "http")
-        await self._front.start(self._config.host, self._config.port)
+        try:
+            await self._front.start(self._config.host, self._config.port)
+        except OSError:
+            await self.stop()
+            raise
 
     @property
     def port(self) -> int:
