@@ -75,6 +75,9 @@ def make_first_checkpoint(control: bytes, base_lsn: Lsn, previous_lsn: Lsn, majo
     changed = replace(stored, state=DBState.SHUTDOWNED, time=now, checkpoint_lsn=position, checkpoint=checkpoint)
     record = build_shutdown_checkpoint_record(checkpoint.to_bytes(), prev_lsn=previous_lsn)
     segments = _segments(record, position, stored.system_identifier, stored.xlog_seg_size, major)
+    if segment_number(base_lsn, stored.xlog_seg_size) != segment_number(position, stored.xlog_seg_size):
+        # the stream to the safekeepers begins in the padding at the end of the segment before
+        segments.setdefault(segment_file_name(segment_number(base_lsn, stored.xlog_seg_size), stored.xlog_seg_size), [])
     return FirstCheckpoint(position, changed, segments)
 
 

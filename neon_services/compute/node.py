@@ -179,10 +179,14 @@ class ComputeNode:
         loop = asyncio.get_running_loop()
         starting = loop.create_task(self._start())
         try:
-            await _first_of(starting, self._stop)
-            if not starting.done():
+            await _first_of(starting, self._stop, self._proposer.ended)
+            if not starting.done() and self._stop.done():
                 log.info("asked to stop while starting")
-                return await self._end_early(starting)
+                await self._end_early(starting)
+                return 0
+            if not starting.done():
+                await self._end_early(starting)
+                return self._failed(f"the compute cannot start: {self._proposer.reason}")
             try:
                 starting.result()
             except (NeonError, OSError) as error:
@@ -202,7 +206,7 @@ class ComputeNode:
             self.status.change(Status.FAILED, reason)
         return 1
 
-    async def _end_early(self, starting: asyncio.Task[None] | None) -> int:
+    async def _end_early(self, starting: asyncio.Task[None] | None) -> None:
         """Give up a start: nothing was acknowledged to anybody yet that a stop could lose."""
         if starting is not None:
             starting.cancel()
@@ -212,7 +216,6 @@ class ComputeNode:
         await self._proposer.kill()
         if self.status.current in TERMINATING:
             self.status.change(Status.TERMINATED)
-        return 0
 
     async def _serve(self) -> int:
         """Postgres runs: wait for whatever ends it."""
@@ -280,6 +283,12 @@ class ComputeNode:
     async def _make_directory(self, base_lsn: Lsn) -> None:
         started = time.monotonic()
         spec, pgdata = self.spec, self.options.pgdata
+        log.info(
+            "taking the basebackup at %s from pageserver %s:%d",
+            format_lsn(base_lsn),
+            spec.pageserver.host,
+            spec.pageserver.port,
+        )
         basebackup = await fetch_basebackup(spec.pageserver, spec.ttid, base_lsn, spec.storage_auth_token)
         self.times.basebackup_ms = _milliseconds_since(started)
         self.times.basebackup_bytes = len(basebackup)

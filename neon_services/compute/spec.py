@@ -99,15 +99,15 @@ def parse_config(value: Any) -> ComputeConfig:
     """Check a configuration object. Raises ConfigError that names the field."""
     config = _object(value, "the configuration")
     spec = parse_spec(_required(config, "spec", dict, "the configuration"))
-    own = _object(config.get("compute_ctl_config") or {}, "compute_ctl_config")
-    jwks = _object(own.get("jwks") or {}, "compute_ctl_config.jwks")
+    own = _object(_or_empty(config.get("compute_ctl_config")), "compute_ctl_config")
+    jwks = _object(_or_empty(own.get("jwks")), "compute_ctl_config.jwks")
     keys = _list(jwks, "keys", "compute_ctl_config.jwks.keys")
     return ComputeConfig(spec, tuple(_object(key, "compute_ctl_config.jwks.keys[]") for key in keys))
 
 
 def parse_spec(spec: dict[str, Any]) -> ComputeSpec:
     """Check a specification object. Raises ConfigError that names the field."""
-    cluster = _object(spec.get("cluster") or {}, "spec.cluster")
+    cluster = _object(_or_empty(spec.get("cluster")), "spec.cluster")
     settings = _options(_list(cluster, "settings", "spec.cluster.settings"), "spec.cluster.settings")
     _check_mode(spec.get("mode"))
 
@@ -238,6 +238,10 @@ def _options(items: list[Any], where: str) -> tuple[Option, ...]:
             raise ConfigError(f"{where}[{index}].value: setting {name} has a line break")
         options.append(Option(name, text, str(option.get("vartype") or "string")))
     return tuple(options)
+
+
+def _or_empty(value: Any) -> Any:
+    return {} if value is None else value
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
