@@ -103,7 +103,8 @@ class PgClient(FrameConnection):
     async def next_copy_data(self) -> bytes | None:
         """The next queued CopyData payload; None when the server ended the stream. Raises ServerError."""
         queued = await self.next_message()
-        if queued is None or queued[0] == _COPY_DONE:
+        # a walsender that shuts down ends its stream with CommandComplete alone
+        if queued is None or queued[0] in (_COPY_DONE, _COMPLETE):
             return None
         if queued[0] == _ERROR:
             raise pgwire.parse_error_response(queued[1])
