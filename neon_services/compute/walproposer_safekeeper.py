@@ -62,7 +62,8 @@ class _Client(pgclient.PgClient):
         super().__init__()
         self.full = False
         self.on_room: Callable[[], None] | None = None
-        self.last_received_s = asyncio.get_running_loop().time()
+        #: Something was received since the owner last looked.
+        self.heard = True
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -74,9 +75,8 @@ class _Client(pgclient.PgClient):
         if self.on_room is not None:
             self.on_room()
 
-    def buffer_updated(self, nbytes: int) -> None:
-        self.last_received_s = asyncio.get_running_loop().time()
-        super().buffer_updated(nbytes)
+    def on_batch_end(self) -> None:
+        self.heard = True
 
 
 class SafekeeperLink:
@@ -95,7 +95,7 @@ class SafekeeperLink:
         self.answer_s = 0.0
         self.last_sent_s = 0.0
         self._client: _Client | None = None
-        self._sent_at_s = 0.0
+        self._sent_at_s = self._last_heard_s = 0.0
         self._wake = asyncio.Event()
         self._error: NeonError | None = None
         self._loop = asyncio.get_running_loop()
@@ -177,7 +177,12 @@ class SafekeeperLink:
 
     def check_silence(self, now_s: float) -> None:
         """Reset a connection on which nothing was received for too long."""
-        if self._client is not None and now_s - self._client.last_received_s > self.owner.config.connect_timeout_s:
+        client = self._client
+        if client is None or client.heard:
+            self._last_heard_s = now_s
+            if client is not None:
+                client.heard = False
+        elif now_s - self._last_heard_s > self.owner.config.connect_timeout_s:
             self.reconnect(f"silent for {self.owner.config.connect_timeout_s:.0f} s")
 
     def lag_s(self, now_s: float) -> float:

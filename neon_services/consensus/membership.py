@@ -36,7 +36,10 @@ def quorum_lsn(sets: VoterSets, flushed: Mapping[int, Lsn], floor: Lsn) -> Lsn:
     for voters in sets:
         if not voters:
             return INVALID_LSN
-        ranked = sorted(lsn if (lsn := flushed.get(node, INVALID_LSN)) >= floor else INVALID_LSN for node in voters)
+        ranked = sorted([flushed.get(node, INVALID_LSN) for node in voters])
         reached = ranked[len(ranked) - quorum_size(len(ranked))]
-        lowest = reached if lowest is None else min(lowest, reached)
+        if reached < floor:
+            return INVALID_LSN
+        if lowest is None or reached < lowest:
+            lowest = reached
     return lowest or INVALID_LSN

@@ -133,7 +133,8 @@ class Proposer:
     #: Latest feedback per pageserver shard.
     pageserver_feedback: dict[int, PageserverFeedback] = field(default_factory=dict)
     _sets: VoterSets = ()
-    _by_key: dict[int, int] = field(default_factory=dict)
+    #: What each voter has flushed in our term, by _key().
+    _flushed: dict[int, Lsn] = field(default_factory=dict)
     _aligned: bool = False
 
     def __post_init__(self) -> None:
@@ -220,6 +221,7 @@ class Proposer:
         if flush_lsn <= member.flush_lsn:
             return False
         member.flush_lsn = flush_lsn
+        self._flushed[self._key(member)] = flush_lsn
         return self._advance()
 
     # -- answers to the driver
@@ -308,6 +310,7 @@ class Proposer:
                 )
         if member.node_id is not None and member.node_id != node_id:
             # another node answers at this address: nothing that was learned of the former one holds for it
+            self._flushed.pop(self._key(member), None)
             member.flush_lsn = INVALID_LSN
             member.promised = False
             member.term = 0
@@ -382,11 +385,11 @@ class Proposer:
 
     def _advance(self) -> bool:
         """Recompute commit_lsn and truncate_lsn from what is flushed."""
-        flushed = {self._key(member): member.flush_lsn for member in self.members}
+        flushed = self._flushed
         commit_lsn = quorum_lsn(self._sets, flushed, self.term_start_lsn)
         moved = commit_lsn > self.commit_lsn
         if moved:
             self.commit_lsn = commit_lsn
-        everywhere = min(flushed.get(key, INVALID_LSN) for voters in self._sets for key in voters)
+        everywhere = min([flushed.get(key, INVALID_LSN) for voters in self._sets for key in voters])
         self.truncate_lsn = max(self.truncate_lsn, min(everywhere, self.commit_lsn))
         return moved

@@ -83,7 +83,7 @@ class ForgetsWhoAcknowledged(Proposer):
         moved = super().append_response(slot, message)
         best = max(m.flush_lsn for m in self.members)
         for member in self.members:
-            member.flush_lsn = best
+            member.flush_lsn = self._flushed[self._key(member)] = best
         return self._advance() or moved
 
 
