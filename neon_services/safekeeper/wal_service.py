@@ -1,6 +1,7 @@
 """The Postgres-wire port of a safekeeper: which command does what.
 
-Commands: START_WAL_PUSH (proposers), START_REPLICATION (readers), IDENTIFY_SYSTEM, TIMELINE_STATUS, ``set datestyle``.
+Commands: START_WAL_PUSH (proposers), START_REPLICATION (readers), IDENTIFY_SYSTEM, TIMELINE_STATUS, ``set datestyle``, and
+the SHOW that stock receivers need.
 The timeline is named by ``tenant_id`` and ``timeline_id`` in the startup packet's options.
 """
 
@@ -152,6 +153,17 @@ class WalServiceHandler:
             rows.append([format_lsn(timeline.acceptor.flush_lsn), format_lsn(timeline.acceptor.commit_lsn)])
         self._connection.send_rows([("flush_lsn", pgwire.TEXT_OID), ("commit_lsn", pgwire.TEXT_OID)], rows)
 
+    async def _show(self, sql: str) -> None:
+        """The two settings that Postgres's own receivers (pg_receivewal) ask for."""
+        name = sql.removeprefix("SHOW ").strip(" ;")
+        if name == "wal_segment_size":
+            value = f"{self._timelines.get(self._ttid()).segment_size >> 20}MB"
+        elif name == "data_directory_mode":
+            value = "0700"
+        else:
+            raise pgwire.ServerError("42704", f"unrecognized configuration parameter {name!r}")
+        self._connection.send_rows([(name, pgwire.TEXT_OID)], [[value]])
+
     async def _set_datestyle(self, _: str) -> None:
         self._connection.send_command_complete("SELECT 1")
 
@@ -161,5 +173,6 @@ _COMMANDS = {
     "START_REPLICATION": WalServiceHandler._start_replication,
     "IDENTIFY_SYSTEM": WalServiceHandler._identify_system,
     "TIMELINE_STATUS": WalServiceHandler._timeline_status,
+    "SHOW ": WalServiceHandler._show,
     "set datestyle to ": WalServiceHandler._set_datestyle,
 }
