@@ -20,19 +20,53 @@ class PgClient(FrameConnection):
 
     def __init__(self) -> None:
         super().__init__()
-        #: Set in COPY BOTH mode to receive CopyData views synchronously (the hot path); otherwise they queue.
-        self.copy_sink: Callable[[memoryview], None] | None = None
-        self.copy_batch_end: Callable[[], None] | None = None
+        self._copy_sink: Callable[[memoryview], None] | None = None
+        self._copy_batch_end: Callable[[], None] | None = None
+        self._batch_open = False  # the sink got early data, whose end nobody was told
+
+    @property
+    def copy_sink(self) -> Callable[[memoryview], None] | None:
+        """Set in COPY BOTH mode to receive CopyData views synchronously (the hot path); otherwise they queue.
+
+        It gets at once what has queued already: the server's first data may arrive together with its consent.
+        """
+        return self._copy_sink
+
+    @copy_sink.setter
+    def copy_sink(self, sink: Callable[[memoryview], None] | None) -> None:
+        self._copy_sink = sink
+        while sink is not None and self._queue and self._queue[0][0] == _COPY_DATA:
+            _, body = self._queue.popleft()
+            self._queued_bytes -= len(body) + 64
+            self._batch_open = True
+            sink(memoryview(body))
+        self._end_early_batch()
+
+    @property
+    def copy_batch_end(self) -> Callable[[], None] | None:
+        """Called after all messages of one read were given to ``copy_sink``."""
+        return self._copy_batch_end
+
+    @copy_batch_end.setter
+    def copy_batch_end(self, callback: Callable[[], None] | None) -> None:
+        self._copy_batch_end = callback
+        self._end_early_batch()
+
+    def _end_early_batch(self) -> None:
+        if self._batch_open and self._copy_batch_end is not None:
+            self._batch_open = False
+            self._copy_batch_end()
 
     def on_message(self, tag: int, body: memoryview) -> None:
-        if tag == _COPY_DATA and self.copy_sink is not None:
-            self.copy_sink(body)
+        if tag == _COPY_DATA and self._copy_sink is not None:
+            self._copy_sink(body)
         elif tag not in (_NOTICE, _STATUS, _KEY):
             self.enqueue(tag, body)
 
     def on_batch_end(self) -> None:
-        if self.copy_batch_end is not None:
-            self.copy_batch_end()
+        if self._copy_batch_end is not None:
+            self._batch_open = False
+            self._copy_batch_end()
 
     def on_violation(self, error: ProtocolViolation) -> None:
         log.warning("server %s: %s", self.peer, error)
