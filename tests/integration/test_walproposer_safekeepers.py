@@ -186,3 +186,23 @@ async def test_a_second_proposer_takes_over(world: World) -> None:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(connection.execute("insert into t values (1)"), 1)
     assert parse_lsn(ready["lsn"]) > world.start_lsn
+
+
+async def test_a_long_lost_safekeeper_catches_up_from_another(world: World) -> None:
+    proposer = await world.attached(ring_mb=8)
+    lost = world.safekeepers[0]
+    lost.process.kill()
+    async with await psycopg.AsyncConnection.connect(world.postgres.dsn, autocommit=True) as connection:
+        await connection.execute("create table t (a int, b text)")
+        for _ in range(3):
+            await connection.execute("insert into t select i, repeat('x', 200) from generate_series(1, 40000) i")
+    assert world.flush_lsn(world.safekeepers[1]) - world.start_lsn > 24 << 20, "the ring still holds everything"
+    lost.process.start()
+    await asyncio.to_thread(world.wait_up, lost)
+    mark = world.flush_lsn(world.safekeepers[1])
+    await asyncio.to_thread(wait_until, lambda: world.flush_lsn(lost) >= mark, "catching up from a donor", 60)
+    proposer.command(command="stop", timeout_s=20)
+    assert await asyncio.to_thread(world.postgres.process.stop, 30) == 0
+    end = parse_lsn((await proposer.event("stopped"))["lsn"])
+    await asyncio.to_thread(wait_until, lambda: {world.flush_lsn(s) for s in world.safekeepers} == {end}, "all at the end", 30)
+    assert len(world.digests(end)) == 1
