@@ -74,24 +74,41 @@ class RedoPool:
                     return await helper.apply(requests)
                 except RedoHelperError as error:
                     await self._discard(slot, helper, error)
-                return [await self._alone(request) for request in requests]
+                return await self._one_by_one(requests)
         finally:
             slot.load -= 1
 
-    async def _alone(self, request: RedoRequest) -> RedoResult:
-        """One page in a process of its own, so that only the page can be to blame; twice before it is blamed."""
-        for attempt in (1, 2):
-            if self._closed:
-                raise Cancelled("the redo pool is closed")
-            helper = await RedoHelper.start(self._pg_bin_dir, self._pg_major, timeout_s=self._timeout_s)
-            try:
-                return (await helper.apply([request]))[0]
-            except RedoHelperError as error:
-                log.error("attempt %d at WAL redo of %s: %s", attempt, request.describe(), error)
-                text = f"{error}, twice, while redoing {request.nrecords} records of {request.describe()}"
-            finally:
+    async def _one_by_one(self, requests: Sequence[RedoRequest]) -> list[RedoResult]:
+        """The pages of a frame that ended its helper, in a process that no other frame uses, so that each death has one cause.
+
+        A page is blamed after its second try, because the first death may have come from outside.
+        """
+        results: list[RedoResult] = []
+        helper: RedoHelper | None = None
+        try:
+            for request in requests:
+                result = None
+                for attempt in (1, 2):
+                    if self._closed:
+                        raise Cancelled("the redo pool is closed")
+                    if helper is None:
+                        helper = await self._start()
+                    try:
+                        (result,) = await helper.apply([request])
+                        break
+                    except RedoHelperError as error:
+                        log.error("attempt %d at WAL redo of %s: %s", attempt, request.describe(), error)
+                        text = f"{error}, twice, while redoing {request.nrecords} records of {request.describe()}"
+                        await helper.kill()
+                        helper = None
+                results.append(result or RedoResult(RedoStatus.ERROR, None, text))
+        finally:
+            if helper is not None:
                 await helper.kill()
-        return RedoResult(RedoStatus.ERROR, None, text)
+        return results
+
+    async def _start(self) -> RedoHelper:
+        return await RedoHelper.start(self._pg_bin_dir, self._pg_major, timeout_s=self._timeout_s)
 
     async def _helper(self, slot: _Slot) -> RedoHelper:
         async with slot.starting:
@@ -102,7 +119,7 @@ class RedoPool:
                 if gone is not None:
                     self.restarts += 1
                     await gone.kill()
-                slot.helper = await RedoHelper.start(self._pg_bin_dir, self._pg_major, timeout_s=self._timeout_s)
+                slot.helper = await self._start()
             return slot.helper
 
     async def _discard(self, slot: _Slot, helper: RedoHelper, error: RedoHelperError) -> None:

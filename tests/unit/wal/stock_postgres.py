@@ -31,7 +31,23 @@ class StockPostgres:
         if os.geteuid() == 0:
             account = pwd.getpwnam("postgres")
             self._user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-            os.chown(base, account.pw_uid, account.pw_gid)
+        self._own(base)
+
+    def _own(self, path: Path) -> None:
+        if self._user:
+            os.chown(path, int(str(self._user["user"])), int(str(self._user["group"])))
+
+    def make_directory(self, name: str) -> Path:
+        """A directory below the server's base that the server may write."""
+        path = self.base / name
+        path.mkdir()
+        self._own(path)
+        return path
+
+    @property
+    def connection(self) -> tuple[str, ...]:
+        """Arguments that lead psql and pgbench here."""
+        return ("-h", str(self.base), "-p", str(PORT), "-U", "postgres")
 
     def run(self, program: str, *arguments: str | Path, check: bool = True, **options: object) -> str:
         """Run one of the server's programs to its end; its output. Raises AssertionError with the output when it fails."""
@@ -41,7 +57,7 @@ class StockPostgres:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=self.base,
-            timeout=120,
+            timeout=300,
             **self._user,
             **options,
         )
@@ -81,7 +97,7 @@ class StockPostgres:
         stop = "1" if check else "0"
         return self.run(
             "psql",
-            *("-X", "-q", "-A", "-t", "-h", self.base, "-p", str(PORT), "-U", "postgres", "-d", database),
+            *("-X", "-q", "-A", "-t", *self.connection, "-d", database),
             *("-v", f"ON_ERROR_STOP={stop}", *arguments, "-f", "-"),
             check=check,
             input=sql,
