@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,16 +20,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.postgres]
 
 
 @pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    base = tmp_path_factory.mktemp("cluster")
-    for parent in (base, *base.parents):
-        if parent == Path("/tmp"):
-            break
-        parent.chmod(0o755)
-    shutil.chown(base, "postgres", "postgres")
-    with running_cluster(base / "c") as running:
-        yield running
-    shutil.rmtree(base, ignore_errors=True)
+def cluster() -> Iterator[Cluster]:
+    # not below pytest's own directory: the services run as another user, who may not enter it
+    with tempfile.TemporaryDirectory(prefix="neon-first-light-") as text:
+        base = Path(text)
+        base.chmod(0o755)
+        shutil.chown(base, "postgres", "postgres")
+        with running_cluster(base / "c") as running:
+            yield running
 
 
 class Load:
