@@ -17,6 +17,7 @@ from neon_services.pageserver.settings import load_settings
 log = logging.getLogger(__name__)
 
 FEATURES = ["testing"]  # checkpoint, getpage and the like are always there
+_SWITCH_INTERVAL_S = 0.001  # a page request waits at most this long for a thread that writes layers
 _OPEN_FILES = 65536  # every resident layer that was read keeps a descriptor
 
 
@@ -46,6 +47,7 @@ async def _serve(workdir: Path) -> int:
     configure_logging(settings.log_format)
     pid_file = PidFile(workdir / "pageserver.pid")
     _raise_open_files_limit()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     node = PageserverNode(settings)
     await node.start()
     notify_systemd("READY=1")

@@ -163,11 +163,14 @@ class TenantManager:
     async def delete_tenant(self, tenant_id: TenantShardId) -> None:
         """Remove a tenant shard here and all its objects. Raises ApiError 404, RemoteStorageError."""
         with self._changing(tenant_id):
-            if tenant_id not in self.tenants:
+            tenant = self.tenants.get(tenant_id)
+            if tenant is None:
                 raise ApiError(404, f"tenant {tenant_id} was not found on this pageserver")
-            await self._detach(tenant_id)
+            await tenant.shutdown(flush=False)
+            # the local directory goes last: as long as it is there the same request can be made again
             keys = await self._node.remote.list_keys(tenant_prefix(tenant_id))
             await self._node.remote.delete(keys)
+            await self._detach(tenant_id)
 
     async def _detach(self, shard: TenantShardId) -> None:
         tenant = self.tenants.get(shard)

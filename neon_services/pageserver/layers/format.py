@@ -17,6 +17,7 @@ first row that uses them, so the history of one key lies together.
 Invariant: the file appears under its name only when whole and synced.
 """
 
+import contextlib
 import itertools
 import os
 import struct
@@ -229,5 +230,6 @@ class LayerWriter:
 
     def abandon(self) -> None:
         """Drop the unfinished file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # closing writes what is buffered; on a full disk that fails again
+            self._file.close()
         self._temp.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from neon_services.ground.errors import CorruptionError
+from neon_services.ground.errors import CorruptionError, NeonError
 from neon_services.ground.ids import TimelineId
 from neon_services.ground.remote_storage import ObjectNotFound, RemoteStorage, RemoteStorageError
 from neon_services.pageserver.layers.block_cache import BlockCache
@@ -167,6 +167,8 @@ class Layer:
                     raise
                 log.warning("download of layer %s failed, trying again: %s", self, error)
                 await asyncio.sleep(0.1 * 3**attempt)
+            except OSError as error:
+                raise NeonError(f"layer {self} cannot be stored at {self.path}: {error.strerror or error}") from error
         size = self.path.stat().st_size
         if size != self.file_size:
             self.path.unlink()

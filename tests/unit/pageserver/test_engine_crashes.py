@@ -145,3 +145,25 @@ async def test_shutdown_keeps_what_was_in_memory(tmp_path: Path):
     assert (timeline.last_record_lsn, timeline.prev_record_lsn) == (2000, 1008)
     assert await timeline.get(0, 0, 2000) == b"initdb+a"
     await again.crash()
+
+
+async def test_full_disk_delays_the_flush_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    engine, shard, main = Engine(tmp_path), new_shard(), TimelineId.generate()
+    timeline = await (await engine.attach(shard)).create_timeline(main, pg_version=15)
+    monkeypatch.setattr("neon_services.pageserver.timeline._FLUSH_RETRY_S", 0.001)
+    original, failures = LayerWriter._write_data_block, iter(range(3))
+
+    def full(writer: LayerWriter, raw: bytes | memoryview) -> None:
+        if next(failures, None) is not None:
+            raise OSError(28, "No space left on device")
+        original(writer, raw)
+
+    monkeypatch.setattr(LayerWriter, "_write_data_block", full)
+    timeline.ingest(ValueBatch.build([(0, 0, 2000, WAL, b"+a")]), 2000, 1008)
+    flushing = asyncio.create_task(timeline.freeze_and_flush())
+    await asyncio.sleep(0)
+    assert await timeline.get(0, 0, 2000) == b"initdb+a", "reads go on"
+    assert await flushing == 2000 == timeline.disk_consistent_lsn
+    directory = timeline.resources.directory
+    assert directory is not None and not list(directory.glob("*temp*")) and len(timeline.layer_map.layers) == 3
+    await engine.crash()
