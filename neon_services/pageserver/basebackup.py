@@ -14,7 +14,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import crc32c
 import numpy as np
@@ -24,6 +24,7 @@ from neon_services.ground.lsn import (
     SHORT_PAGE_HEADER,
     WAL_SEGMENT_SIZE,
     XLOG_BLCKSZ,
+    Lsn,
     format_lsn,
     page_header_size,
     segment_file_name,
@@ -37,6 +38,7 @@ from neon_services.pageserver.ingest_tip import decode_prepared
 from neon_services.pageserver.keys import PAGE_SIZE, RelTag
 from neon_services.pageserver.relations import Relations
 from neon_services.pageserver.timeline import Timeline
+from neon_services.wal.control_data import CheckPoint, ControlFile, DBState
 from neon_services.wal.framing import build_page_header
 
 CHUNK_BYTES = 256 * 1024
@@ -58,8 +60,6 @@ host    replication     all             ::1/128                 trust
 _SEGMENT_BLOCKS = 131072
 _READ_BLOCKS = 512
 _ORIGINS_MAGIC = 0x1257DADE
-_STATE_OFFSET, _CHECKPOINT_OFFSET, _COPY_OFFSET, _COPY_BYTES = 16, 32, 40, 88
-_SHUT_DOWN = 1
 
 
 class BasebackupRefused(NeonError):
@@ -256,15 +256,10 @@ class _Basebackup:
         return "none" if self._lsn == self._timeline.ancestor_lsn else "invalid"
 
     async def _control_file(self) -> bytes:
-        control = bytearray(await self._timeline.get(*keys.CONTROL_FILE, self._lsn))
-        checkpoint = bytearray(await self._timeline.get(*keys.CHECKPOINT, self._lsn))
-        struct.pack_into("<Q", checkpoint, 0, skip_page_header(self._lsn))
-        control[_COPY_OFFSET : _COPY_OFFSET + _COPY_BYTES] = checkpoint
-        struct.pack_into("<I", control, _STATE_OFFSET, _SHUT_DOWN)
-        struct.pack_into("<Q", control, _CHECKPOINT_OFFSET, 0)
-        crc_offset = 292 if self._timeline.pg_version >= 18 else 288
-        struct.pack_into("<I", control, crc_offset, crc32c.crc32c(bytes(control[:crc_offset])))
-        return bytes(control)
+        stored = ControlFile.parse(await self._timeline.get(*keys.CONTROL_FILE, self._lsn))
+        checkpoint = CheckPoint.parse(await self._timeline.get(*keys.CHECKPOINT, self._lsn))
+        checkpoint = replace(checkpoint, redo=skip_page_header(self._lsn))
+        return replace(stored, checkpoint=checkpoint, checkpoint_lsn=Lsn(0), state=DBState.SHUTDOWNED).to_bytes()
 
 
 def first_segment(lsn: int, pg_major: int, system_identifier: int) -> bytes:

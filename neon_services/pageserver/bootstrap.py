@@ -16,7 +16,6 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import zstandard
@@ -30,36 +29,17 @@ from neon_services.pageserver.import_datadir import import_data_directory
 from neon_services.pageserver.ingest import WalIngest
 from neon_services.pageserver.timeline import Timeline
 from neon_services.wal import framing
+from neon_services.wal.control_data import ControlFile, DBState
 from neon_services.wal.decoder import WalDecoder
 
 log = logging.getLogger(__name__)
 
 SUPERUSER = "cloud_admin"
 INITDB_TIMEOUT_S = 300
-_SHUT_DOWN = 1
 
 
 class InitdbFailed(NeonError):
     """initdb ended with an error. The text is the end of what it wrote."""
-
-
-@dataclass(frozen=True, slots=True)
-class ControlFile:
-    """What an import needs of ``global/pg_control``."""
-
-    content: bytes
-    state: int
-    checkpoint_lsn: int
-    checkpoint: bytes  #: the CheckPoint struct, 88 bytes
-
-    @classmethod
-    def parse(cls, content: bytes) -> "ControlFile":
-        """Read pg_control. Raises CorruptionError when it is too short."""
-        if len(content) < 300:
-            raise CorruptionError(f"pg_control has only {len(content)} bytes")
-        (state,) = struct.unpack_from("<I", content, 16)
-        (checkpoint_lsn,) = struct.unpack_from("<Q", content, 32)
-        return cls(content, state, checkpoint_lsn, content[40:128])
 
 
 async def bootstrap_timeline(
@@ -152,19 +132,19 @@ def _unprivileged_user(directory: Path) -> pwd.struct_passwd | None:
 
 async def import_stopped_cluster(data: Path, pg_version: int, make: Callable[[int], Timeline]) -> Timeline:
     """Import a cleanly stopped data directory whose last record is its checkpoint."""
-    control = ControlFile.parse(await asyncio.to_thread((data / "global/pg_control").read_bytes))
-    if control.state != _SHUT_DOWN:
+    content = await asyncio.to_thread((data / "global/pg_control").read_bytes)
+    control = ControlFile.parse(content)
+    if control.state != DBState.SHUTDOWNED:
         raise CorruptionError(f"the cluster to import was not shut down cleanly (pg_control state {control.state})")
     initdb_lsn = align_lsn(control.checkpoint_lsn)
-    (redo,) = struct.unpack_from("<Q", control.checkpoint)
-    if redo != initdb_lsn:
+    if control.checkpoint.redo != initdb_lsn:
         raise CorruptionError(
             f"the last checkpoint of the cluster to import is not a shutdown checkpoint: it is at {format_lsn(initdb_lsn)}, "
-            f"its redo point at {format_lsn(redo)}"
+            f"its redo point at {format_lsn(control.checkpoint.redo)}"
         )
     record = await asyncio.to_thread(_read_checkpoint_record, data, initdb_lsn)
     timeline = make(initdb_lsn)
-    await import_data_directory(timeline, data, control, initdb_lsn)
+    await import_data_directory(timeline, data, initdb_lsn, content, control.checkpoint.to_bytes())
     decoder = WalDecoder(initdb_lsn, pg_version)
     try:
         await WalIngest(timeline).ingest(decoder.feed(record))

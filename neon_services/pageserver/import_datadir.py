@@ -10,7 +10,6 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -30,20 +29,13 @@ _BATCH_BYTES = 16 << 20
 _U32 = struct.Struct("<I")
 
 
-class StoppedCluster(Protocol):
-    """What the control file says."""
+async def import_data_directory(timeline: Timeline, data: Path, lsn: int, control: bytes, checkpoint: bytes) -> None:
+    """Ingest all files at ``lsn``; the timeline's last record is then there (without a previous record).
 
-    @property
-    def content(self) -> bytes: ...
-
-    @property
-    def checkpoint(self) -> bytes: ...
-
-
-async def import_data_directory(timeline: Timeline, data: Path, control: StoppedCluster, lsn: int) -> None:
-    """Ingest all files at ``lsn``; the timeline's last record is then there (without a previous record)."""
+    ``control`` is the content of pg_control, ``checkpoint`` the CheckPoint struct in it.
+    """
     importer = _Importer(timeline, data, lsn)
-    batches = importer.batches(control)
+    batches = importer.batches(control, checkpoint)
     while True:
         batch = await asyncio.to_thread(next, batches, None)
         if batch is None:
@@ -67,7 +59,7 @@ class _Importer:
         self._bytes = 0
         self._seen: dict[bytes, int] = {}  # content of a file -> where it is in the data of this batch
 
-    def batches(self, control: StoppedCluster) -> Iterator[ValueBatch]:
+    def batches(self, control: bytes, checkpoint: bytes) -> Iterator[ValueBatch]:
         """All rows, in batches of limited size."""
         yield from self._directory(self._data / "global", keys.GLOBAL_TABLESPACE, 0)
         for path in sorted((self._data / "base").iterdir()):
@@ -83,8 +75,8 @@ class _Importer:
             self._slru(kind, self._data / directory)
         self._twophase()
         self._rows.put_image(keys.DB_DIRECTORY, self._lsn, encode_databases(self._databases))
-        self._rows.put_image(keys.CONTROL_FILE, self._lsn, control.content)
-        self._rows.put_image(keys.CHECKPOINT, self._lsn, control.checkpoint)
+        self._rows.put_image(keys.CONTROL_FILE, self._lsn, control)
+        self._rows.put_image(keys.CHECKPOINT, self._lsn, checkpoint)
         yield self._rows.finish()
 
     def _directory(self, directory: Path, spc: int, db: int) -> Iterator[ValueBatch]:
