@@ -5,8 +5,9 @@ tenants (flushed, uploaded if there is time), HTTP last, so that clients see 503
 """
 
 import asyncio
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from neon_services.pageserver.shard import TenantShardId
 from neon_services.pageserver.tenant import NodeResources
 from neon_services.pageserver.tenant_manager import TenantManager
 from neon_services.pageserver.timeline import Timeline
+from neon_services.pageserver.upcalls import ControlPlane, UpcallError
 from neon_services.pageserver.values import SPARSE_FIELD1
 from neon_services.pageserver.walreceiver import WalReceiver
 from neon_services.storage_broker.client import BrokerClient
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 _LAYER_THREADS = 4
 _REDO_HELPERS = 2  # per Postgres major; started when first needed
 _HOUSEKEEPING_INTERVAL_S = 1.0
+_VALIDATION_INTERVAL_S = 2.0
 _PG_MAJORS = range(14, 19)
 
 
@@ -61,18 +64,30 @@ class PageserverNode:
         )
         self._redo_pools: list[RedoPool] = []
         self._reconstructors: dict[int, Reconstructor] = {}
-        node = NodeResources(self.environment, self._reconstructor, self.remote, self, settings.tenant_config)
+        self._control_plane: ControlPlane | None = None
+        if settings.control_plane_api is not None and not settings.control_plane_emergency_mode:
+            self._control_plane = ControlPlane(settings.control_plane_api, settings.control_plane_api_token)
+        node = NodeResources(
+            self.environment,
+            self._reconstructor,
+            self.remote,
+            self,
+            settings.tenant_config,
+            needs_validation=self._control_plane is not None,
+        )
         self.tenants = TenantManager(node, settings.tenants_dir)
+        self.tenants.starting = True
         self._receivers: dict[Timeline, WalReceiver] = {}
         self._page_service = PageService(self.find_timeline, wait_lsn_timeout_s=settings.wait_lsn_timeout_s)
         self._http: web.AppRunner | None = None
-        self._housekeeping: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     # -- life
 
     async def start(self) -> None:
         """Start everything. Raises ConfigError when an address cannot be listened on."""
-        self.tenants.start()
+        if self._control_plane is None:
+            self.tenants.start()
         EngineCollector(self.tenants, self.environment, len(self.settings.ignored)).register()
         api = ManagementApi(self.tenants, self, self.settings.node_id, self._default_pg_version())
         host, port = self.settings.listen_http
@@ -85,15 +100,17 @@ class PageserverNode:
             await self._page_service.start(host, port)
         except OSError as error:
             raise ConfigError(f"listen_pg_addr: cannot listen on {host}:{port}: {error.strerror or error}") from error
-        self._housekeeping = asyncio.get_running_loop().create_task(self._keep_house(), name="housekeeping")
+        self._background(self._keep_house(), "housekeeping")
+        if self._control_plane is not None:
+            self._background(self._follow(self._control_plane), "control plane")
         log.info("pageserver %d: pages on %s:%d, HTTP on %s:%d", self.settings.node_id, host, port, *self.settings.listen_http)
 
     async def stop(self) -> None:
         """Stop everything; in-memory data is flushed."""
         await self._page_service.stop()
-        if self._housekeeping is not None:
-            self._housekeeping.cancel()
-            await asyncio.gather(self._housekeeping, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.tenants.shutdown()
         await self.broker.close()
         for pool in self._redo_pools:
@@ -102,6 +119,36 @@ class PageserverNode:
             await self._http.cleanup()
         await self.remote.close()
         self.environment.threads.shutdown(wait=False)
+
+    def _background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception:
+                log.exception("%s has stopped", name)
+
+        self._tasks.append(asyncio.get_running_loop().create_task(guarded(), name=name))
+
+    async def _follow(self, control_plane: ControlPlane) -> None:
+        """Ask which tenants are ours, attach them; then have progress confirmed now and then."""
+        self.tenants.start(await control_plane.re_attach(self.settings.node_id, registration(self.settings)))
+        while True:
+            await asyncio.sleep(_VALIDATION_INTERVAL_S)
+            try:
+                await self._validate(control_plane)
+            except UpcallError as error:
+                log.warning("%s; safekeepers keep their WAL meanwhile", error)
+
+    async def _validate(self, control_plane: ControlPlane) -> None:
+        """Let ``remote_consistent_lsn_visible`` follow where our generation is still the newest."""
+        claims = {t: t.remote_consistent_lsn for t in self.tenants.timelines()}
+        claims = {t: lsn for t, lsn in claims.items() if lsn > t.remote_consistent_lsn_visible}
+        if not claims:
+            return
+        valid = await control_plane.validate({t.tenant_shard_id: t.resources.generation for t in claims})
+        for timeline, lsn in claims.items():
+            if timeline.tenant_shard_id in valid:
+                timeline.validated(lsn)
 
     async def _keep_house(self) -> None:
         while True:
@@ -198,3 +245,22 @@ class PageserverNode:
 
 def _join(halves: tuple[int, int]) -> int:
     return halves[0] << 64 | halves[1]
+
+
+def registration(settings: Settings) -> dict[str, Any] | None:
+    """What the control plane is told about this node, from ``metadata.json`` beside the settings; None without that file."""
+    path = settings.workdir / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text())
+        return {
+            "node_id": settings.node_id,
+            "listen_pg_addr": metadata["host"],
+            "listen_pg_port": metadata["port"],
+            "listen_http_addr": metadata["http_host"],
+            "listen_http_port": metadata["http_port"],
+            "availability_zone_id": settings.availability_zone or metadata["availability_zone_id"],
+        }
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is not valid: {type(error).__name__} {error}") from error

@@ -35,7 +35,7 @@ _ACCEPTED_TEXT = (
     " get_vectored_concurrent_io timeline_offloading validate_wal_contiguity load_previous_heatmap"
     " generate_unarchival_heatmap basebackup_cache_config timeline_import_config"
     " image_layer_generation_large_timeline_threshold test_remote_failures test_remote_failures_probability tracing"
-    " posthog_config dev_mode control_plane_api_token auth_validation_public_key_path"
+    " posthog_config dev_mode auth_validation_public_key_path"
 )
 _ACCEPTED = frozenset(_ACCEPTED_TEXT.split())
 
@@ -52,6 +52,7 @@ class Settings:
     pg_distrib_dir: Path
     remote_storage: dict[str, Any]
     control_plane_api: str | None
+    control_plane_api_token: str | None
     control_plane_emergency_mode: bool
     availability_zone: str | None
     wait_lsn_timeout_s: float
@@ -143,6 +144,7 @@ def load_settings(workdir: Path) -> Settings:
         pg_distrib_dir=Path(distrib),
         remote_storage=remote,
         control_plane_api=api,
+        control_plane_api_token=table.text("control_plane_api_token"),
         control_plane_emergency_mode=emergency,
         availability_zone=table.text("availability_zone"),
         wait_lsn_timeout_s=table.duration("wait_lsn_timeout", "300s"),

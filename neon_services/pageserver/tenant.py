@@ -61,6 +61,7 @@ class NodeResources:
     remote: RemoteStorage
     services: TimelineServices
     node_conf: dict[str, Any] = field(default_factory=dict)
+    needs_validation: bool = False  #: there is a control plane that may give a tenant to another node
 
 
 class Tenant:
@@ -175,12 +176,14 @@ class Tenant:
         return timeline
 
     def _timeline_resources(self, timeline_id: TimelineId, pg_version: int) -> TimelineResources:
+        node = self._node
         return TimelineResources(
-            self._node.environment,
-            self._node.reconstructor(pg_version),
-            self._timeline_dir(timeline_id),
-            self.generation,
-            self.effective,
+            environment=node.environment,
+            reconstructor=node.reconstructor(pg_version),
+            directory=self._timeline_dir(timeline_id),
+            generation=self.generation,
+            conf=self.effective,
+            needs_validation=node.needs_validation,
         )
 
     def _timeline_dir(self, timeline_id: TimelineId) -> Path:

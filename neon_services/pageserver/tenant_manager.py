@@ -22,6 +22,7 @@ from neon_services.pageserver.remote_layout import tenant_prefix
 from neon_services.pageserver.shard import TenantShardId
 from neon_services.pageserver.tenant import NodeResources, Tenant, remove_directory_durably
 from neon_services.pageserver.timeline import Timeline
+from neon_services.pageserver.upcalls import Assignment
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,17 @@ class TenantManager:
         self._busy: set[TenantShardId] = set()
         self.tenants: dict[TenantShardId, Tenant] = {}
         self.secondaries: dict[TenantShardId, LocationConf] = {}
+        self.starting = False  #: True from outside until ``start``: nobody knows yet which tenants are here
         self.stopping = False
 
     # -- start and stop
 
-    def start(self) -> None:
-        """Attach what ``config-v1`` files on disk say, with the generation on disk."""
+    def start(self, assignments: dict[TenantShardId, Assignment] | None = None) -> None:
+        """Attach what ``config-v1`` files on disk say: as the control plane assigned, or (None) with the generation on disk.
+
+        A tenant that is assigned but has no directory here is not attached: the control plane sends its location afterwards.
+        """
+        self.starting = False
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._directory.iterdir()):
             if path.name.endswith(".___temp"):
@@ -57,7 +63,24 @@ class TenantManager:
                 log.warning("removing %s, which has no %s: its attachment was never finished", path, CONFIG_NAME)
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                self._spawn(shard, conf)
+                assigned = conf if assignments is None else self._as_assigned(shard, conf, assignments.get(shard))
+                if assigned is not None:
+                    self._spawn(shard, assigned)
+
+    def _as_assigned(self, shard: TenantShardId, conf: LocationConf, assignment: Assignment | None) -> LocationConf | None:
+        directory = self._directory / str(shard)
+        if assignment is None:
+            log.info("tenant %s is no longer assigned to this node: removing its local files", shard)
+            shutil.rmtree(directory, ignore_errors=True)
+            return None
+        if assignment.generation is not None and assignment.generation < (conf.generation or 0):
+            log.error(
+                "tenant %s: generation %d is below the one on disk; keeping it as secondary", shard, assignment.generation
+            )
+            assignment = Assignment("Secondary", None)
+        assigned = dataclasses.replace(conf, mode=assignment.mode, generation=assignment.generation)
+        assigned.save(directory, sync=self._node.environment.sync)
+        return assigned
 
     async def shutdown(self) -> None:
         """Stop all tenants, in-memory data flushed."""
@@ -78,8 +101,8 @@ class TenantManager:
         """An attached tenant in any state. Raises ApiError 404 only when it really is not here, 503 while it changes."""
         tenant = self.tenants.get(shard)
         if tenant is None:
-            if self.stopping or shard in self._busy:
-                raise ApiError(503, f"tenant {shard} is being changed or the pageserver is shutting down: try again")
+            if self.starting or self.stopping or shard in self._busy:
+                raise ApiError(503, f"tenant {shard} is being changed, or the pageserver is starting or stopping: try again")
             raise ApiError(404, f"tenant {shard} was not found on this pageserver")
         return tenant
 
@@ -105,8 +128,8 @@ class TenantManager:
 
     @contextlib.contextmanager
     def _changing(self, shard: TenantShardId) -> Iterator[None]:
-        if self.stopping:
-            raise ApiError(503, "the pageserver is shutting down")
+        if self.starting or self.stopping:
+            raise ApiError(503, f"the pageserver is {'starting' if self.starting else 'shutting down'}: try again")
         if shard in self._busy:
             raise ApiError(409, f"tenant {shard} is already being changed: try again")
         self._busy.add(shard)

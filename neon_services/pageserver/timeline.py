@@ -55,6 +55,7 @@ class TimelineResources:
     directory: Path | None  #: of the timeline's layer files; None: never flush (tests)
     generation: int = 1
     conf: TenantConf = field(default_factory=TenantConf)
+    needs_validation: bool = False  #: a control plane may have given the tenant to another node
 
 
 class Timeline:
@@ -92,6 +93,7 @@ class Timeline:
         self._last_record = LsnWaiters(disk_consistent_lsn)
         self._disk_consistent = LsnWaiters(disk_consistent_lsn)
         self._remote_consistent = LsnWaiters(0)
+        self._validated_lsn = 0
         self._open: InMemoryLayer | None = None
         self._frozen: list[tuple[InMemoryLayer, int]] = []  # (layer, prev_record_lsn at its end), oldest first
         self._next_open_lsn = disk_consistent_lsn + 1 if disk_consistent_lsn else initdb_lsn
@@ -138,7 +140,11 @@ class Timeline:
         Without a control plane (``control_plane_emergency_mode``) nobody can have given the tenant a newer generation, so the
         projected value counts as validated.
         """
-        return self._remote_consistent.lsn
+        return self._validated_lsn if self.resources.needs_validation else self._remote_consistent.lsn
+
+    def validated(self, lsn: int) -> None:
+        """The control plane has confirmed our generation after ``remote_consistent_lsn`` was ``lsn``."""
+        self._validated_lsn = max(self._validated_lsn, lsn)
 
     def __str__(self) -> str:
         return f"{self.tenant_shard_id}/{self.timeline_id}"
