@@ -162,6 +162,6 @@ class Checker:
 
     def final(self) -> None:
         """After everything has healed: all nodes hold the same log, and it begins with the committed one."""
-        for node in self.world.nodes:
+        for node in self.world.addresses():
             self.require(node.acceptor.flush_lsn >= self.committed_lsn, "%s lacks committed WAL in the end", node)
             self._same(node, self.committed_lsn)

@@ -24,9 +24,11 @@ class SimulatedProposer:
         self.alive = True
         self.synchronised: Lsn | None = None
         profile = world.profile
+        #: Where it was told to find the safekeepers; it is not told again.
+        self.nodes = world.addresses()
         config = ProposerConfig(
             ttid=world.ttid,
-            safekeepers=len(world.nodes),
+            safekeepers=len(self.nodes),
             pg_version=150000,
             use_generations=not profile.legacy,
             bootstrap_lsn=Lsn(0) if sync or not profile.legacy else world.start_lsn,
@@ -65,7 +67,7 @@ class SimulatedProposer:
         if not self.alive:
             return
         world = self.world
-        for slot in range(len(world.nodes)):
+        for slot in range(len(self.nodes)):
             if slot not in self.connections:
                 self._connect_soon(slot)
             elif self.core.members[slot].phase is MemberPhase.ACTIVE:
@@ -80,10 +82,11 @@ class SimulatedProposer:
     def _connect(self, slot: int) -> None:
         self.connecting.discard(slot)
         world = self.world
-        node = world.nodes[slot]
+        node = self.nodes[slot]
         if (
             not self.alive
             or not node.up
+            or not node.present
             or world.unreachable(self, node)
             or world.random.random() < world.profile.connect_failure
         ):
@@ -200,9 +203,9 @@ class SimulatedProposer:
         """WAL of former terms, read from a safekeeper in term mode; None while no donor can be reached."""
         core, world = self.core, self.world
         for donor in core.donors():
-            node = world.nodes[donor]
+            node = self.nodes[donor]
             known = min(end, core.donor_end(donor))
-            if donor == slot or known <= begin or not node.up or world.unreachable(self, node):
+            if donor == slot or known <= begin or not node.up or not node.present or world.unreachable(self, node):
                 continue
             if node.acceptor.term == core.term and node.acceptor.flush_lsn >= known:
                 return node.disk.wal.read(begin, known)

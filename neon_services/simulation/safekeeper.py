@@ -1,6 +1,7 @@
 """A safekeeper of the simulation: the production acceptor on a simulated disk, which may crash before and after any effect."""
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from neon_services.consensus.acceptor import (
@@ -20,7 +21,7 @@ from neon_services.protocols.safekeeper_messages import (
     VoteResponse,
 )
 from neon_services.simulation.network import Connection
-from neon_services.simulation.wal import SimulatedDisk
+from neon_services.simulation.wal import SimulatedDisk, SimulatedWal
 
 if TYPE_CHECKING:
     from neon_services.simulation.world import World
@@ -33,10 +34,12 @@ class Crashed(Exception):
 class SimulatedSafekeeper:
     """One node."""
 
-    def __init__(self, world: "World", node_id: int, state: AcceptorState) -> None:
+    def __init__(self, world: "World", node_id: int, state: AcceptorState | None) -> None:
         self.world = world
         self.node_id = node_id
-        self.disk = SimulatedDisk(state)
+        #: It has the timeline.
+        self.present = state is not None
+        self.disk = SimulatedDisk(state or AcceptorState())
         self.up = False
         self.sessions: dict[Connection, ProposerConnection] = {}
         self.flush_due: set[Connection] = set()
@@ -126,7 +129,7 @@ class SimulatedSafekeeper:
 
     def gossip(self, peer: PeerInfo) -> None:
         """What the broker brings."""
-        if self.up:
+        if self.up and self.present:
             self.acceptor.peer_info(peer)
             self.world.checker.acceptor(self)
 
@@ -137,17 +140,54 @@ class SimulatedSafekeeper:
 
     def save(self) -> None:
         """The manager's lazy save."""
-        if self.up:
+        if self.up and self.present:
             self._run(self.acceptor.persist_volatile())
 
+    # -- membership
+
+    def position(self) -> tuple[int, int]:
+        """How good the log is."""
+        return self.acceptor.last_log_term, self.acceptor.flush_lsn
+
     def switch(self, mconf: MembershipConfiguration) -> bool:
-        """The control plane brings a membership configuration. True when it is in force here."""
-        if not self.up:
+        """The control plane brings a configuration. True when it is in force here."""
+        if not self.up or not self.present:
             return False
         try:
             return self._run(self.acceptor.membership_switch(mconf)) is not None
         except NeonError:
             return False
+
+    def bump(self, term: int) -> bool:
+        """term_bump; False when the node went down over it."""
+        return self._run(self.acceptor.term_bump(term)) is not None
+
+    def install(self, donor: "SimulatedSafekeeper", mconf: MembershipConfiguration) -> None:
+        """pull_timeline: become a copy of what the donor has on disk."""
+        wal = donor.disk.wal
+        self.world.trace("%s becomes a copy of %s at %d", self, donor, wal.flush_lsn)
+        self.disk = SimulatedDisk(replace(donor.disk.state, mconf=mconf))
+        self.disk.wal = SimulatedWal()
+        self.disk.wal.initialize(wal.base)
+        self.disk.wal.write(wal.base, wal.read(wal.base, wal.flush_lsn))
+        self.disk.wal.flush()
+        self.present = True
+        self._restart()
+
+    def exclude(self) -> None:
+        """Forget the timeline."""
+        self.world.trace("%s is excluded", self)
+        for connection in list(self.sessions):
+            connection.close_by_safekeeper()
+        self.sessions.clear()
+        self.flush_due.clear()
+        self.present = False
+        self.disk = SimulatedDisk(AcceptorState())
+
+    def _restart(self) -> None:
+        self.acknowledged_term, self.acknowledged_lsn = -1, 0
+        self.up = False
+        self.boot()
 
     def _run(self, steps: Generator[Effect, Any, Any]) -> Any:
         """Carry out one method; None when the node crashed meanwhile."""

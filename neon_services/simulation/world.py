@@ -22,8 +22,9 @@ from neon_services.consensus.acceptor import (
 from neon_services.consensus.proposer import Proposer
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn
-from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP, MembershipConfiguration, SafekeeperId
+from neon_services.protocols.safekeeper_messages import MembershipConfiguration, SafekeeperId
 from neon_services.simulation.checker import Checker, InvariantViolation
+from neon_services.simulation.controller import SimulatedController
 from neon_services.simulation.network import Connection
 from neon_services.simulation.proposer import SimulatedProposer
 from neon_services.simulation.safekeeper import CRASH_WEIGHT, SimulatedSafekeeper
@@ -40,6 +41,7 @@ class Kinds:
 
     proposer: type[Proposer] = Proposer
     acceptor: type[Acceptor] = Acceptor
+    controller: type[SimulatedController] = SimulatedController
 
 
 @dataclass(slots=True)
@@ -54,6 +56,7 @@ class Stats:
     crashes: int = 0
     deposed: int = 0
     broken: int = 0
+    migrations: int = 0
 
 
 @dataclass(slots=True)
@@ -63,6 +66,8 @@ class Profile:
     nodes: int
     #: Without membership generations; the safekeepers start empty.
     legacy: bool
+    #: Safekeepers that are members at first; when fewer than nodes, the membership changes.
+    members: int
     duration_us: int
     delay_us: tuple[int, int]
     #: Mean time between two of the events that break things.
@@ -82,10 +87,21 @@ class Profile:
         """Choose a weather."""
         if rng.random() < 0.3:
             return cls.contested(rng)
+        nodes = rng.choice((3, 3, 3, 5, 5))
+        return cls._stormy(rng, nodes, reconfigure=nodes == 5 and rng.random() < 0.6)
+
+    @classmethod
+    def moving(cls, rng: random.Random) -> "Profile":
+        """The membership changes."""
+        return cls._stormy(rng, 5, reconfigure=True)
+
+    @classmethod
+    def _stormy(cls, rng: random.Random, nodes: int, *, reconfigure: bool) -> "Profile":
         crash = rng.choice((0.0, 0.002, 0.005, 0.01))
         return cls(
-            nodes=5 if rng.random() < 0.2 else 3,
-            legacy=rng.random() < 0.2,
+            nodes=nodes,
+            legacy=not reconfigure and rng.random() < 0.2,
+            members=3 if reconfigure else nodes,
             duration_us=rng.randint(800_000, 3_000_000),
             delay_us=rng.choice(((100, 2000), (500, 10_000), (1000, 60_000))),
             gap_us=rng.choice((15_000, 40_000, 100_000)),
@@ -104,6 +120,7 @@ class Profile:
                 "stall": rng.choice((0, 1, 3)),
                 "gossip": 2,
                 "save": 1,
+                "control": rng.choice((1, 4)) if reconfigure else 0,
             },
         )
 
@@ -113,6 +130,7 @@ class Profile:
         return cls(
             nodes=3,
             legacy=False,
+            members=3,
             duration_us=1_500_000,
             delay_us=(100, 2000),
             gap_us=rng.choice((15_000, 30_000)),
@@ -165,19 +183,27 @@ class World:
         self.proposers: list[SimulatedProposer] = []
         self.nodes = [SimulatedSafekeeper(self, i + 1, state) for i, state in enumerate(self._initial_states())]
 
-    def _initial_states(self) -> list[AcceptorState]:
+    def _initial_states(self) -> list[AcceptorState | None]:
         profile = self.profile
         if profile.legacy:
             return [AcceptorState() for _ in range(profile.nodes)]
-        members = tuple(SafekeeperId(i + 1, f"s{i + 1}", 5454) for i in range(profile.nodes))
-        states = []
+        members = tuple(SafekeeperId(i + 1, f"s{i + 1}", 5454) for i in range(profile.members))
+        self.controller = self.kinds.controller(self, MembershipConfiguration(2, members))
+        states: list[AcceptorState | None] = []
         for _ in members:
             # some members lag by a generation and must learn the newest one from the proposer's greeting
             generation = 1 if self.random.random() < 0.2 else 2
-            mconf = MembershipConfiguration(generation, members) if generation else NO_MEMBERSHIP
-            start = self.start_lsn
+            mconf, start = MembershipConfiguration(generation, members), self.start_lsn
             states.append(AcceptorState.create(mconf, pg_version=150000, system_id=0, wal_seg_size=1 << 24, start_lsn=start))
-        return states
+        return states + [None] * (profile.nodes - profile.members)
+
+    def addresses(self) -> list[SimulatedSafekeeper]:
+        """The safekeepers that a new proposer is told: both sets while the membership changes."""
+        if self.profile.legacy:
+            return self.nodes
+        row = self.controller.row
+        ids = {member.node_id for member in (*row.members, *(row.new_members or ()))}
+        return [node for node in self.nodes if node.node_id in ids]
 
     # -- time
 
@@ -329,8 +355,11 @@ class World:
 
     def _gossip(self) -> None:
         source, target = self.random.sample(self.nodes, 2)
-        if source.up:
+        if source.up and source.present:
             self.after(self.delay_us(), target.gossip, source.peer_info())
+
+    def _control(self) -> None:
+        self.controller.act()
 
     def _save(self) -> None:
         self.random.choice(self.nodes).save()
@@ -350,6 +379,8 @@ class World:
             proposer.die("the unruly part is over")
         for node in self.nodes:
             node.boot()
+        if not self.profile.legacy:
+            self._finish_migration()
         sync = self._until("sync-safekeepers", True, lambda p: p.synchronised is not None)
         if sync.synchronised:
             self.checker.require(sync.synchronised >= self.checker.committed_lsn, "the end lost committed WAL")
@@ -357,9 +388,27 @@ class World:
         last = self._until("a new leader commits", False, lambda p: p.core.commit_lsn >= goal)
         self.writing = False
         limit = self.now_us + SETTLE_LIMIT_US
-        level = self._run_until(limit, lambda: all(n.acceptor.flush_lsn == last.end_lsn for n in self.nodes))
+        level = self._run_until(limit, lambda: all(n.acceptor.flush_lsn == last.end_lsn for n in last.nodes))
         self.checker.require(level, "the safekeepers did not catch up to %d", last.end_lsn)
         self.checker.final()
+
+    def _finish_migration(self) -> None:
+        """A change of the membership that was begun comes to its end."""
+        controller, limit = self.controller, self.now_us + SETTLE_LIMIT_US
+        controller.process = None
+        told = False
+        while not told and self.now_us < limit:
+            told = controller.row.new_members is None
+            helper = self._spawn(sync=False)
+            controller.finish()
+            self._run_until(limit, lambda helper=helper: controller.process is None or not helper.alive)  # type: ignore[misc]
+            helper.die("the membership has changed")
+        self.checker.require(told, "the change of membership did not end")
+        # a member of a final set that was away when the others were told is made equal by pulling the timeline
+        for node in self.addresses():
+            if not node.present:
+                donor = max((n for n in self.addresses() if n.present), key=lambda n: n.position())
+                node.install(donor, controller.row)
 
     def _until(self, what: str, sync: bool, done: Callable[[SimulatedProposer], bool]) -> SimulatedProposer:
         """Run proposers, each after the former was deposed, until one is done."""

@@ -1,5 +1,6 @@
 """Planted bugs: state machines that break one rule each. The simulation must find every one of them."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,13 @@ from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import (
     AppendRequest,
     AppendResponse,
+    MembershipConfiguration,
     ProposerElected,
     TermLsn,
     VoteRequest,
     VoteResponse,
 )
+from neon_services.simulation.controller import SimulatedController
 
 # --- proposers
 
@@ -278,3 +281,58 @@ ACCEPTORS: list[type[Acceptor]] = [
     ReportsAdoptedHistory,
     ForgetsToCutWhatItVoted,
 ]
+
+
+# --- changes of the membership
+
+
+class JointByNewSetOnly(Proposer):
+    """Takes a quorum of the new members for a quorum of a joint configuration."""
+
+    def _voter_sets(self) -> Any:
+        return super()._voter_sets()[-1:]
+
+
+class AnyGeneration(Acceptor):
+    """Votes for and follows a proposer of another membership generation."""
+
+    def _check_fit(self, connection: ProposerConnection, generation: int) -> None:
+        super()._check_fit(connection, self.state.mconf.generation)
+
+    def append_request(self, connection: ProposerConnection, message: AppendRequest) -> Steps:
+        return (yield from super().append_request(connection, replace(message, generation=self.state.mconf.generation)))
+
+
+class GenerationBlindProposer(Proposer):
+    """Does not mind the generation of an answer."""
+
+    def received(self, slot: int, message: Any) -> Any:
+        if isinstance(message, VoteResponse | AppendResponse):
+            message = replace(message, generation=self.mconf.generation)
+        return super().received(slot, message)
+
+
+class FinishesUnsynchronised(SimulatedController):
+    """Does not wait until the new set has the old one's log."""
+
+    def _is_fit(self, node: Any, wanted: Any, term: int) -> bool:
+        return node.bump(term)
+
+
+class FinishesWithoutTerms(SimulatedController):
+    """Does not raise the new set's terms to what the old set promised."""
+
+    def _is_fit(self, node: Any, wanted: Any, term: int) -> bool:
+        return node.position() >= wanted
+
+
+class SkipsJoint(SimulatedController):
+    """Stores the final configuration at once and copies whatever a single old member has."""
+
+    def _prepare(self, joint: MembershipConfiguration) -> Iterator[int]:
+        for node in self.nodes(joint.new_members or ()):
+            yield self.world.delay_us()
+            self._pull(node, joint)
+
+
+CONTROLLERS: list[type[SimulatedController]] = [FinishesUnsynchronised, FinishesWithoutTerms, SkipsJoint]

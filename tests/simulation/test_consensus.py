@@ -46,14 +46,16 @@ def test_schedules(chunk: int) -> None:
     """Every invariant holds at every step of every schedule, and every schedule elects and commits."""
     seeds = range(FIRST + chunk, FIRST + SEEDS, CHUNKS)
     print(f"seeds {seeds}")
-    unruly = crashes = elections = 0
+    unruly = crashes = elections = migrations = 0
     for seed in seeds:
         stats = World(seed).run()
         unruly += stats.unruly_commits > 0
         crashes += stats.crashes
         elections += stats.elections
+        migrations += stats.migrations
     assert unruly > 0.95 * len(seeds), f"only {unruly} of {len(seeds)} schedules committed while things broke"
     assert crashes > len(seeds) and elections > 3 * len(seeds), f"{crashes} crashes and {elections} elections are too few"
+    assert migrations > len(seeds) / 5, f"{migrations} changes of the membership are too few"
 
 
 def test_a_seed_is_the_whole_reproduction() -> None:
@@ -65,25 +67,40 @@ def test_a_seed_is_the_whole_reproduction() -> None:
     assert trace(FIRST + 7) != trace(FIRST + 8)
 
 
-def find(kind: type[Proposer] | type[Acceptor], schedules: int, draw: object = None) -> str:
+def find(kinds: Kinds, schedules: int, draw: object = None) -> str:
     """The first violation that the planted bug causes."""
-    kinds = Kinds(proposer=kind) if issubclass(kind, Proposer) else Kinds(acceptor=kind)
     for seed in range(schedules):
         try:
             World(seed, kinds=kinds, draw=draw).run()  # type: ignore[arg-type]
         except InvariantViolation as violation:
             return str(violation)
-    raise AssertionError(f"{kind.__name__} was not found in {schedules} schedules")
+    raise AssertionError(f"the planted bug was not found in {schedules} schedules: {kinds}")
 
 
 @pytest.mark.parametrize("kind", PLANTED, ids=lambda kind: kind.__name__)
 def test_planted_bug_is_found(kind: type[Proposer] | type[Acceptor]) -> None:
-    print(find(kind, PLANTED[kind]))
+    kinds = Kinds(proposer=kind) if issubclass(kind, Proposer) else Kinds(acceptor=kind)
+    print(find(kinds, PLANTED[kind]))
 
 
 def test_planted_commit_of_former_terms_is_found() -> None:
     """The rule that small models do not miss: it takes four leaders and three partial logs, hence the contested weather."""
-    print(find(mutants.CommitsOfFormerTerms, 250, Profile.contested))
+    print(find(Kinds(proposer=mutants.CommitsOfFormerTerms), 250, Profile.contested))
+
+
+#: Planted bug in a change of the membership -> schedules within which it must be found.
+MOVING: dict[str, tuple[Kinds, int]] = {
+    "JointByNewSetOnly": (Kinds(proposer=mutants.JointByNewSetOnly), 200),
+    "AnyGeneration": (Kinds(acceptor=mutants.AnyGeneration, proposer=mutants.GenerationBlindProposer), 150),
+    "FinishesUnsynchronised": (Kinds(controller=mutants.FinishesUnsynchronised), 800),
+    "FinishesWithoutTerms": (Kinds(controller=mutants.FinishesWithoutTerms), 300),
+    "SkipsJoint": (Kinds(controller=mutants.SkipsJoint), 50),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_planted_bug_in_a_membership_change_is_found(name: str) -> None:
+    print(find(*MOVING[name], Profile.moving))
 
 
 def test_a_world_without_connections_proves_nothing_and_says_so() -> None:
