@@ -20,6 +20,7 @@ class LsnWaiters:
         self._heap: list[tuple[int, int, asyncio.Future[None]]] = []
         self._sequence = itertools.count()
         self._closed: NeonError | None = None
+        self._abandoned = 0  # waiters in the heap that gave up
 
     @property
     def waiting(self) -> bool:
@@ -55,7 +56,19 @@ class LsnWaiters:
         try:
             async with asyncio.timeout(timeout_s):
                 await future
+        except asyncio.CancelledError:
+            self._give_up()
+            raise
         except TimeoutError:
+            self._give_up()
             raise LsnTimeout(
                 f"{what} did not reach {format_lsn(lsn)} within {timeout_s:g} s: its last record ends at {format_lsn(self.lsn)}"
             ) from None
+
+    def _give_up(self) -> None:
+        """Forget waiters that gave up, once they are most of the heap."""
+        self._abandoned += 1
+        if 2 * self._abandoned > len(self._heap):
+            self._heap = [entry for entry in self._heap if not entry[2].done()]
+            heapq.heapify(self._heap)
+            self._abandoned = 0

@@ -77,7 +77,7 @@ class Tenant:
         self.timelines: dict[TimelineId, Timeline] = {}
         self.ready = asyncio.Event()  #: set when loading has ended, well or not
         self._node = node
-        self._creating: set[TimelineId] = set()
+        self._creating: dict[TimelineId, asyncio.Task[Timeline]] = {}
         self._deleting: dict[TimelineId, asyncio.Task[None]] = {}
         self._load_task: asyncio.Task[None] | None = None
         self.effective = TenantConf(conf.tenant_conf, node.node_conf)
@@ -239,20 +239,33 @@ class Tenant:
             raise ApiError(429, f"timeline {timeline_id} is being created")
         if self.conf.mode == "AttachedStale":
             raise ApiError(409, f"tenant {self.shard} is attached in mode AttachedStale: timelines are created elsewhere")
-        self._creating.add(timeline_id)
+        # a task of its own: a client that goes away does not interrupt it, a detach does
+        task = asyncio.get_running_loop().create_task(
+            self._create(timeline_id, pg_version, ancestor, start_lsn), name=f"create {self.shard}/{timeline_id}"
+        )
+        self._creating[timeline_id] = task
+        task.add_done_callback(lambda _: self._creating.pop(timeline_id, None))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise ApiError(503, f"tenant {self.shard} is being detached or stopped: try again") from None
+            raise
+
+    async def _create(
+        self, timeline_id: TimelineId, pg_version: int, ancestor: TimelineId | None, start_lsn: int | None
+    ) -> Timeline:
         try:
             if ancestor is None:
                 timeline = await self._bootstrap(timeline_id, pg_version)
             else:
                 timeline = await self._branch(timeline_id, self.get_timeline(ancestor), start_lsn)
-            self.timelines[timeline_id] = timeline
-            self._node.services.activated(timeline)
-            return timeline
         except BaseException:
             shutil.rmtree(self._timeline_dir(timeline_id), ignore_errors=True)
             raise
-        finally:
-            self._creating.discard(timeline_id)
+        self.timelines[timeline_id] = timeline
+        self._node.services.activated(timeline)
+        return timeline
 
     def _check_same(self, existing: Timeline, pg_version: int, ancestor: TimelineId | None, start_lsn: int | None) -> None:
         has = None if existing.ancestor is None else existing.ancestor.timeline_id
@@ -322,7 +335,11 @@ class Tenant:
         self._make_directory(timeline_id)
         self._apply_mode(timeline)
         timeline.start()
-        await timeline.upload_index_now()
+        try:
+            await timeline.upload_index_now()
+        except BaseException:
+            await timeline.shutdown(flush=False)
+            raise
         return timeline
 
     # -- deletion
@@ -376,7 +393,9 @@ class Tenant:
         """Stop all timelines; with ``flush`` in-memory data is written and, if there is time, uploaded."""
         if self.state != "Broken":
             self.state = "Stopping"
-        tasks = [task for task in (self._load_task, *self._deleting.values()) if task is not None]
+        tasks: list[asyncio.Task[Any]] = [*self._deleting.values(), *self._creating.values()]
+        if self._load_task is not None:
+            tasks.append(self._load_task)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -165,7 +165,7 @@ class Timeline:
         if self.uploads is None:
             key = index_key(self.tenant_shard_id, self.timeline_id, self.resources.generation)
             self.uploads = UploadQueue(remote, key, self._index_uploaded, name=str(self))
-        self.uploads.may_delete = may_delete
+        self.uploads.allow_deletions(may_delete)
         if uploading:
             self.uploads.start()
         else:

@@ -54,7 +54,7 @@ class UploadQueue:
         self._index_key = index_object_key
         self._on_index_uploaded = on_index_uploaded
         self._name = name
-        self.may_delete = may_delete  #: False in attach mode Multi: deletions wait until Single
+        self._may_delete = may_delete
         self._queued = _Round()
         self._held_deletions: list[str] = []
         self._wake = asyncio.Event()
@@ -70,6 +70,11 @@ class UploadQueue:
         self._running.set()
         if self._task is None and not self._stopped:
             self._task = asyncio.get_running_loop().create_task(self._work(), name=f"upload {self._name}")
+
+    def allow_deletions(self, allowed: bool) -> None:
+        """False in attach mode Multi: deletions wait until Single."""
+        self._may_delete = allowed
+        self._wake.set()
 
     def pause(self) -> None:
         """Begin no further operation until ``start``: another node may be the writer now."""
@@ -125,7 +130,7 @@ class UploadQueue:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._queued:
+            while self._queued or (self._held_deletions and self._may_delete):
                 current, self._queued = self._queued, _Round()
                 scheduled = self._scheduled
                 await self._upload_layers(current.layers)
@@ -134,7 +139,7 @@ class UploadQueue:
                     await self._retry("index", lambda content=content: self._remote.put(self._index_key, content))  # type: ignore[misc]
                     self._on_index_uploaded(current.index)
                 self._held_deletions += current.deletions
-                if self._held_deletions and self.may_delete:
+                if self._held_deletions and self._may_delete:
                     keys, self._held_deletions = self._held_deletions, []
                     await self._retry("deletions", lambda keys=keys: self._remote.delete(keys))  # type: ignore[misc]
                 self._done.advance(scheduled)

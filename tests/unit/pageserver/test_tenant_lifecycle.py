@@ -5,10 +5,11 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from neon_services.ground.errors import CorruptionError
+from neon_services.ground.errors import CorruptionError, NeonError
 from neon_services.ground.http import ApiError
 from neon_services.ground.ids import TimelineId
 from neon_services.pageserver.timeline import Timeline
@@ -194,3 +195,58 @@ def damage(path: Path, where: int) -> None:
     content = bytearray(path.read_bytes())
     content[where] ^= 0x10
     path.write_bytes(content)
+
+
+async def test_stale_attachment_serves_reads_and_writes_nothing(tmp_path: Path):
+    engine, shard, main = Engine(tmp_path), new_shard(), TimelineId.generate()
+    timeline = await (await engine.attach(shard)).create_timeline(main, pg_version=15)
+    tenant = await engine.attach(shard, 1, "AttachedStale")
+    before = await engine.remote.list_keys("")
+    write(timeline, 2000, (0, WAL, b"+a"))
+    assert await timeline.freeze_and_flush() == 2000
+    assert await timeline.get(0, 0, 2000) == b"initdb+a"
+    with pytest.raises(NeonError, match="AttachedStale"):
+        await timeline.wait_uploads(1)
+    with pytest.raises(ApiError, match="AttachedStale") as refused:
+        await tenant.create_timeline(TimelineId.generate(), pg_version=15)
+    assert refused.value.status == 409
+    assert await engine.remote.list_keys("") == before and timeline.remote_consistent_lsn == INITDB_LSN + 8
+    await engine.attach(shard, 1, "AttachedSingle")
+    await timeline.wait_uploaded(2000, 5)
+    await engine.crash()
+
+
+async def test_visible_remote_consistent_lsn_waits_for_validation(tmp_path: Path):
+    engine, shard, main = Engine(tmp_path), new_shard(), TimelineId.generate()
+    engine.node.needs_validation = True
+    timeline = await (await engine.attach(shard)).create_timeline(main, pg_version=15)
+    assert (timeline.remote_consistent_lsn, timeline.remote_consistent_lsn_visible) == (INITDB_LSN + 8, 0)
+    timeline.validated(timeline.remote_consistent_lsn)
+    write(timeline, 2000, (0, WAL, b"+a"))
+    await timeline.wait_uploaded(await timeline.freeze_and_flush(), 5)
+    assert (timeline.remote_consistent_lsn, timeline.remote_consistent_lsn_visible) == (2000, INITDB_LSN + 8)
+    await engine.crash()
+
+
+async def test_detach_interrupts_a_creation_and_leaves_nothing(tmp_path: Path):
+    engine, shard, main = Engine(tmp_path), new_shard(), TimelineId.generate()
+    tenant = await engine.attach(shard)
+    started, never = asyncio.Event(), asyncio.Event()
+    original = engine.services.bootstrap
+
+    async def slow(*arguments: Any) -> Timeline:
+        timeline = await original(*arguments)
+        started.set()
+        await never.wait()
+        return timeline
+
+    engine.services.bootstrap = slow  # type: ignore[method-assign]
+    creating = asyncio.create_task(tenant.create_timeline(main, pg_version=15))
+    await started.wait()
+    with pytest.raises(ApiError, match="is being created") as refused:
+        await tenant.create_timeline(main, pg_version=15)
+    assert refused.value.status == 429
+    await engine.tenants.set_location(shard, None)
+    with pytest.raises(ApiError, match="detached"):
+        await creating
+    assert list((tmp_path / "tenants").iterdir()) == [] and await engine.remote.list_keys("") == []

@@ -23,6 +23,7 @@ class Unruly(LocalFsStorage):
         self.layers: set[str] = set()
         self.index: IndexPart | None = None
         self.failing = False
+        self.deleted = asyncio.Event()
 
     async def _trouble(self) -> None:
         for _ in range(self.rng.randrange(4)):
@@ -46,6 +47,7 @@ class Unruly(LocalFsStorage):
         assert self.index is not None
         assert not {f"k/{name}" for name in self.index.layers} & set(keys), "a layer of the index is deleted"
         self.layers -= set(keys)
+        self.deleted.set()
 
 
 def index_of(lsn: int, names: set[LayerName]) -> IndexPart:
@@ -92,9 +94,9 @@ async def test_deletions_are_held_until_they_are_allowed(tmp_path: Path):
     queue.delete(["k/old"])
     await queue.wait_done(5)
     assert "k/old" in remote.layers
-    queue.may_delete = True
-    queue.upload_index(index_of(11, {LayerName.level0(1, 2)}))
-    await queue.wait_done(5)
+    queue.allow_deletions(True)
+    async with asyncio.timeout(5):
+        await remote.deleted.wait()
     assert "k/old" not in remote.layers
     await queue.stop()
 
