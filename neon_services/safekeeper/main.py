@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import prometheus_client
+
 from neon_services import __version__
 from neon_services.ground.durable import replace_durably
 from neon_services.ground.errors import ConfigError
@@ -229,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 after a stop signal, 2 for wrong options, 1 when anything else ends the process."""
     arguments = make_parser().parse_args(argv)
     configure_logging(arguments.log_format)
+    prometheus_client.disable_created_metrics()
     return run_service(lambda: _serve(arguments))
 
 

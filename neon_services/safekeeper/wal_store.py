@@ -13,6 +13,7 @@ Hot path: ``write`` only remembers views of the receive buffer, and ``flush`` ha
 """
 
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -58,6 +59,7 @@ class WalStore:
         self._must_truncate = True
         self._descriptor: int | None = None
         self._segment = -1
+        self._can_dsync = True
         self._dirty = False  # the open segment has bytes that were written without being synced
         #: Bytes and seconds since the process started, for the timeline's metrics.
         self.written_bytes = 0
@@ -185,9 +187,9 @@ class WalStore:
                 part, views = (views, []) if count <= room else _split(views, room)
                 length = min(count, room)
                 # RWF_DSYNC covers only these bytes, so earlier unsynced ones need a sync of the whole file
-                dsync = sync and not self._dirty
-                write_all(self._descriptor, part, offset, os.RWF_DSYNC if dsync else 0)
+                dsync = sync and not self._dirty and self._write_durably(part, offset)
                 if not dsync:
+                    write_all(self._descriptor, part, offset, 0)
                     self._dirty = True
                 lsn += length
                 count -= length
@@ -197,6 +199,19 @@ class WalStore:
                     self.segments.prepare()
         self.written_bytes += self._write_lsn - first
         self._account(time.perf_counter() - started, dsync)
+
+    def _write_durably(self, views: list[memoryview | bytes], offset: int) -> bool:
+        """One write that is also the sync; False on a file system that cannot do that."""
+        if self._can_dsync:
+            assert self._descriptor is not None
+            try:
+                write_all(self._descriptor, views, offset, os.RWF_DSYNC)
+                return True
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                self._can_dsync = False
+        return False
 
     def _account(self, seconds: float, flushed: bool) -> None:
         if flushed:

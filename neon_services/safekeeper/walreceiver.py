@@ -12,8 +12,9 @@ from collections.abc import Callable
 from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.errors import Cancelled, NeonError, ProtocolViolation
 from neon_services.ground.ids import TenantTimelineId
+from neon_services.ground.lsn import format_lsn
 from neon_services.protocols.pgserver import ServerConnection
-from neon_services.protocols.safekeeper_messages import ProposerGreeting, parse_proposer_message
+from neon_services.protocols.safekeeper_messages import ProposerElected, ProposerGreeting, parse_proposer_message
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.connections import WalReceiverState
 from neon_services.safekeeper.timeline import Timeline
@@ -42,8 +43,9 @@ class WalReceiver:
     def start(self) -> None:
         """Take over the connection's COPY stream."""
         self._connection.begin_copy_both()
+        batch_end = self._guard(self._on_batch_end)
         self._connection.copy_sink = self._guard(self._on_message)
-        self._connection.copy_batch_end = lambda: self._guard(self._on_batch_end)(None)
+        self._connection.copy_batch_end = lambda: batch_end(None)
 
     def _guard(self, step: Callable[[memoryview | None], None]) -> Callable[[memoryview | None], None]:
         """Any error ends this connection, and nothing else."""
@@ -90,6 +92,11 @@ class WalReceiver:
         self._wrote = True
         for reply in timeline.run(timeline.acceptor.handle(self._state.proposer, message)):
             self._connection.send_copy_data(reply.pack())
+        if isinstance(message, ProposerElected) and timeline.acceptor.is_streaming(self._state.proposer):
+            start = format_lsn(message.start_streaming_at)
+            log.info(
+                "timeline %s: leader of term %d at %s streams from %s", self._ttid, message.term, self._connection.peer, start
+            )
 
     def _open(self, greeting: ProposerGreeting) -> Timeline:
         if greeting.ttid != self._ttid:

@@ -109,7 +109,7 @@ class WalSender:
                 header = pack_xlog_data_header(position, end, now)
                 connection.write(pgwire.copy_data_header(XLOG_DATA_HEADER_BYTES + len(data)) + header + data)
                 position = Lsn(chunk_end)
-                await connection.drain()
+                await self._drain()
             try:
                 async with asyncio.timeout(KEEPALIVE_INTERVAL_S):
                     await self._news.wait()
@@ -119,7 +119,14 @@ class WalSender:
                     raise NeonError(f"nothing received for {IDLE_TIMEOUT_S:.0f} s") from None
                 now = to_postgres_us(time.time_ns() // 1000)
                 connection.send_copy_data(Keepalive(self._end_position(), now, True).pack())
-                await connection.drain()
+                await self._drain()
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(IDLE_TIMEOUT_S):
+                await self._connection.drain()
+        except TimeoutError:
+            raise NeonError(f"the reader took nothing for {IDLE_TIMEOUT_S:.0f} s") from None
 
     def _end_position(self) -> Lsn:
         acceptor = self._timeline.acceptor

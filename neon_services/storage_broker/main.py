@@ -4,6 +4,8 @@ import argparse
 import logging
 import sys
 
+import prometheus_client
+
 from neon_services import __version__
 from neon_services.ground.errors import ConfigError
 from neon_services.ground.net import parse_host_port
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 after a stop signal, 2 for wrong options, 1 for anything else."""
     arguments = make_parser().parse_args(argv)
     configure_logging(arguments.log_format)
+    prometheus_client.disable_created_metrics()
     return run_service(lambda: _serve(arguments))
 
 
