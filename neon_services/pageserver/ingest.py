@@ -15,6 +15,7 @@ from neon_services.pageserver.ingest_blocks import BlockRefs, group_refs, put_bl
 from neon_services.pageserver.ingest_database import handle_database
 from neon_services.pageserver.ingest_rows import RowBuilder
 from neon_services.pageserver.ingest_tip import TipState
+from neon_services.pageserver.keys import RelTag
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.values import IndexArray
 from neon_services.wal.records import WalBatch
@@ -75,9 +76,12 @@ class _BatchIngest:
                 self._hand_over(row)
                 await handle_database(tip, self._timeline, record)
             elif ir.is_barrier(record):
-                self._put_blocks_until(row + 1)
+                self._put_blocks_until(row + 1)  # its own blocks are those before the cut
                 ir.handle(tip, record)
             else:
+                created = ir.created_relation(record)
+                if created is not None and self._is_touched_before(created, row):
+                    self._put_blocks_until(row)  # its blocks have made it exist already
                 ir.handle(tip, record)
             tip.put_checkpoint_if_changed(record.end_lsn)
         self._hand_over(len(batch.records))
@@ -110,12 +114,23 @@ class _BatchIngest:
             next_xid = max((int(xids[start]) + 1024) // 1024 * 1024 & 0xFFFF_FFFF, 3)
             start += 1
 
-    def _put_blocks_until(self, row: int) -> None:
-        """Put the rows of the block references of the records below ``row``."""
+    def _refs_until(self, row: int) -> tuple[int, int]:
+        """The range of block references from ``blocks_done`` to ``row``."""
         records, refs = self._batch.records, len(self._batch.refs)
         first = int(records["first_ref"][self._blocks_done]) if self._blocks_done < len(records) else refs
-        last = int(records["first_ref"][row]) if row < len(records) else refs
-        put_blocks(self._tip, self._batch, self._blocks, first, last)
+        return first, int(records["first_ref"][row]) if row < len(records) else refs
+
+    def _is_touched_before(self, tag: RelTag, row: int) -> bool:
+        """Whether a record below ``row``, whose blocks have not been put, is about this relation."""
+        number = self._blocks.numbers.get(tag)
+        if number is None:
+            return False
+        first, last = self._refs_until(row)
+        return bool((self._blocks.group[first:last] == number).any())
+
+    def _put_blocks_until(self, row: int) -> None:
+        """Put the rows of the block references of the records below ``row``."""
+        put_blocks(self._tip, self._batch, self._blocks, *self._refs_until(row))
         self._blocks_done = row
 
     def _hand_over(self, row: int) -> None:

@@ -28,6 +28,7 @@ class BlockRefs:
     """The references of a batch, grouped by relation fork."""
 
     tags: list[RelTag]  #: the distinct forks
+    numbers: dict[RelTag, int]  #: their places in ``tags``
     group: IndexArray  #: per reference the number of its fork
     ours: npt.NDArray[np.bool_]  #: per fork: its tablespace is stored
 
@@ -35,7 +36,7 @@ class BlockRefs:
 def group_refs(tip: TipState, refs: np.ndarray) -> BlockRefs:
     """Find the distinct relation forks of a batch's references."""
     if not len(refs):
-        return BlockRefs([], np.empty(0, np.int64), np.empty(0, bool))
+        return BlockRefs([], {}, np.empty(0, np.int64), np.empty(0, bool))
     place = refs["spc"].astype(np.uint64) << np.uint64(32) | refs["db"]
     packed = refs["rel"].astype(np.uint64) << np.uint64(2) | (refs["fork"] & np.uint8(3))
     if (place != place[0]).any():
@@ -45,7 +46,8 @@ def group_refs(tip: TipState, refs: np.ndarray) -> BlockRefs:
     rows = refs[first]
     columns = (rows[name].tolist() for name in ("spc", "db", "rel", "fork"))
     tags = [RelTag(*fields) for fields in zip(*columns, strict=True)]
-    return BlockRefs(tags, group, np.array([tip.is_ours(tag.spc) for tag in tags], bool))
+    numbers = {tag: number for number, tag in enumerate(tags)}
+    return BlockRefs(tags, numbers, group, np.array([tip.is_ours(tag.spc) for tag in tags], bool))
 
 
 def put_blocks(tip: TipState, batch: WalBatch, blocks: BlockRefs, first: int, last: int) -> None:

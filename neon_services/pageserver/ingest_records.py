@@ -63,8 +63,9 @@ def is_barrier(record: Record) -> bool:
 
 def relations_needed(record: Record, pg_major: int) -> list[RelTag]:
     """The forks whose sizes the handler of the record looks at."""
-    if record.rmid == SMGR and record.opcode == _SMGR_CREATE:
-        return [_created(record)]
+    created = created_relation(record)
+    if created is not None:
+        return [created]
     if record.rmid == SMGR and record.opcode == _SMGR_TRUNCATE:
         _, spc, db, rel, _ = _unpack("<IIIIi", record)
         return list(forks_of(spc, db, rel))
@@ -72,6 +73,11 @@ def relations_needed(record: Record, pg_major: int) -> list[RelTag]:
         relations = ingest_xact.parse_xact(record.info, record.main, pg_major).relations
         return [tag for relation in relations for tag in forks_of(*relation)]
     return []
+
+
+def created_relation(record: Record) -> RelTag | None:
+    """The fork that the record says to have made."""
+    return _created(record) if record.rmid == SMGR and record.opcode == _SMGR_CREATE else None
 
 
 def handle(tip: TipState, record: Record) -> None:
