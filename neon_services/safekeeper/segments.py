@@ -8,7 +8,7 @@ metadata), synced, and only then renamed. ``<name>.partial`` is a segment that i
 import contextlib
 import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from neon_services.ground.durable import sync_directory
@@ -78,6 +78,12 @@ class SegmentDirectory:
         """Start making the next segment file in the background, if that is not under way."""
         if self._prepared is None:
             self._prepared = _preparer.submit(self._make_scratch)
+
+    def settle(self) -> None:
+        """Stop making the next segment, or wait until it is made: afterwards nothing happens in the directory by itself."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and not prepared.cancel():
+            wait([prepared])
 
     def create(self, segment: int) -> int:
         """A new, empty ``.partial`` file for the segment; its descriptor. Uses the prepared file when there is one."""

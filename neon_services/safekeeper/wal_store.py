@@ -302,6 +302,7 @@ class WalStore:
         """Let go of the files; written bytes that were not flushed are as good as lost."""
         self._close()
         self._must_truncate = True
+        self.segments.settle()
 
 
 def _split(views: list[memoryview | bytes], size: int) -> tuple[list[memoryview | bytes], list[memoryview | bytes]]:
