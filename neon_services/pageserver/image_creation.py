@@ -4,6 +4,7 @@ Invariant: together the new layers cover the key space without gaps, because wha
 as not existing; and they appear in the layer map all at once.
 """
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from neon_services.ground.errors import NeonError
 from neon_services.pageserver.layers.image import ImageLayerWriter
 from neon_services.pageserver.layers.layer import Layer, run_to_end
 from neon_services.pageserver.layers.names import LayerName
+from neon_services.pageserver.operations import STORAGE_OPERATIONS
 from neon_services.pageserver.reconstruct import RedoFailed
 from neon_services.pageserver.values import KEY_MAX, KEY_MIN, MissingKey, U64Array, split_key
 
@@ -30,6 +32,7 @@ async def create_image_layers(timeline: "Timeline") -> list[Layer]:
     pages: both are hints that Postgres repairs by itself.
     """
     lsn = await timeline.freeze_and_flush()
+    started = time.monotonic()
     key_hi, key_lo = await timeline.keys_in_range(split_key(KEY_MIN), split_key(KEY_MAX), lsn)
     per_layer = max(1, timeline.conf.integer("compaction_target_size") // _PAGE_BYTES)
     cuts = [0, *range(per_layer, len(key_hi), per_layer), len(key_hi)]
@@ -48,6 +51,7 @@ async def create_image_layers(timeline: "Timeline") -> list[Layer]:
     if created:
         timeline.layer_map.replace(add=created)
         timeline.schedule_uploads(created)
+        STORAGE_OPERATIONS.labels("create images").observe(time.monotonic() - started)
     return created
 
 
@@ -62,7 +66,7 @@ async def _write_one(timeline: "Timeline", name: LayerName, key_hi: U64Array, ke
         timeline.timeline_id,
         sync=resources.environment.sync,
     )
-    threads = resources.environment.threads
+    threads = resources.environment.writers
     try:
         for first in range(0, len(key_hi), _KEYS_PER_READ):
             hi, lo = key_hi[first : first + _KEYS_PER_READ], key_lo[first : first + _KEYS_PER_READ]

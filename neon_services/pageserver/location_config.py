@@ -4,6 +4,7 @@ Invariant: a generation never goes down: what is on disk was attached before, an
 """
 
 import dataclasses
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ TENANT_CONF: dict[str, tuple[str, Any]] = {
 }
 
 
+@functools.lru_cache(maxsize=256)
 def parse_duration(text: str) -> float:
     """Seconds of a humantime string such as ``7 days`` or ``1h 30m``. Raises ValueError quoting the text."""
     parts = re.findall(r"(\d+)\s*([a-z]+)\s*", text)

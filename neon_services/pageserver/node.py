@@ -43,6 +43,7 @@ from neon_services.wal.redo import PAGE_SIZE, RedoPool
 log = logging.getLogger(__name__)
 
 _LAYER_THREADS = 4
+_WRITER_THREADS = 2
 _REDO_HELPERS = 2  # per Postgres major; started when first needed
 _HOUSEKEEPING_INTERVAL_S = 1.0
 _VALIDATION_INTERVAL_S = 2.0
@@ -59,6 +60,7 @@ class PageserverNode:
         self.environment = LayerEnvironment(
             BlockCache(settings.page_cache_bytes),
             ThreadPoolExecutor(_LAYER_THREADS, thread_name_prefix="layers"),
+            ThreadPoolExecutor(_WRITER_THREADS, thread_name_prefix="layer-writers"),
             self.remote,
             not settings.no_sync,
         )
@@ -119,6 +121,7 @@ class PageserverNode:
             await self._http.cleanup()
         await self.remote.close()
         self.environment.threads.shutdown(wait=False)
+        self.environment.writers.shutdown(wait=False)
 
     def _background(self, work: Coroutine[Any, Any, None], name: str) -> None:
         async def guarded() -> None:

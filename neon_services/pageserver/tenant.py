@@ -99,6 +99,9 @@ class Tenant:
             try:
                 await self._load()
                 self.state = "Active"
+                log.info(
+                    "tenant %s is attached with generation %d: %d timelines", self.shard, self.generation, len(self.timelines)
+                )
             except RemoteStorageError as error:
                 log.warning("tenant %s: remote storage does not answer, trying again: %s", self.shard, error)
                 await asyncio.sleep(delay)

@@ -29,6 +29,7 @@ from neon_services.pageserver.layers.layer_map import LayerMap, LayerView
 from neon_services.pageserver.layers.names import LayerName
 from neon_services.pageserver.location_config import TenantConf
 from neon_services.pageserver.lsn_waiters import LsnTimeout, LsnWaiters
+from neon_services.pageserver.operations import STORAGE_OPERATIONS
 from neon_services.pageserver.read_path import search_timeline
 from neon_services.pageserver.reconstruct import Reconstructor
 from neon_services.pageserver.remote_layout import index_key
@@ -339,12 +340,15 @@ class Timeline:
 
     async def _flush_oldest(self) -> None:
         frozen, prev_record_lsn = self._frozen[0]
+        started = time.monotonic()
         assert frozen.end_lsn is not None
         resources = self.resources
         added: list[Layer] = []
         if len(frozen):
-            name, size = await run_to_end(resources.environment.threads, self._write_level0, frozen)
+            name, size = await run_to_end(resources.environment.writers, self._write_level0, frozen)
             added.append(self.new_layer(name, size))
+            STORAGE_OPERATIONS.labels("layer flush").observe(time.monotonic() - started)
+            log.info("timeline %s: wrote %s, %d values in %d bytes", self, name, len(frozen), size)
         # no await from here to the end: readers see the rows in the file or in memory, never in both or in neither
         self.layer_map.replace(add=added)
         self._frozen.pop(0)
@@ -491,7 +495,8 @@ def in_memory_timeline(
 
     from neon_services.pageserver.layers.block_cache import BlockCache
 
-    environment = LayerEnvironment(BlockCache(1 << 20), ThreadPoolExecutor(1))
+    threads = ThreadPoolExecutor(1)
+    environment = LayerEnvironment(BlockCache(1 << 20), threads, threads)
     return Timeline(
         tenant_shard_id=TenantShardId(TenantId.generate()),
         timeline_id=TimelineId.generate(),

@@ -39,7 +39,7 @@ class InstantRedo:
 
 
 def make_timeline(directory: Path) -> Timeline:
-    environment = LayerEnvironment(BlockCache(64 << 20), ThreadPoolExecutor(2), None, sync=False)
+    environment = LayerEnvironment(BlockCache(64 << 20), ThreadPoolExecutor(2), ThreadPoolExecutor(2), None, sync=False)
     timeline = Timeline(
         tenant_shard_id=TenantShardId(TenantId.generate()),
         timeline_id=TimelineId.generate(),

@@ -51,7 +51,8 @@ class LayerEnvironment:
     """What all layers of the process share."""
 
     cache: BlockCache
-    threads: Executor
+    threads: Executor  #: for reads that wait for the disk
+    writers: Executor  #: for writing layer files, which takes long: reads must not stand behind it
     remote: RemoteStorage | None = None
     sync: bool = True
     downloads: int = 0

@@ -72,7 +72,9 @@ class Engine:
         self.remote = remote or LocalFsStorage(base / "remote")
         self.services = FakeServices()
         self.redo = ConcatenatingRedo()
-        self.environment = LayerEnvironment(BlockCache(1 << 20), ThreadPoolExecutor(2), self.remote, sync=False)
+        self.environment = LayerEnvironment(
+            BlockCache(1 << 20), ThreadPoolExecutor(2), ThreadPoolExecutor(2), self.remote, sync=False
+        )
         reconstructor = Reconstructor(self.redo, concatenate)
         self.node = NodeResources(self.environment, lambda _: reconstructor, self.remote, self.services, node_conf or {})
         self.tenants = TenantManager(self.node, base / "tenants")
