@@ -1,7 +1,10 @@
 """The library in a real Postgres: lazy pages are right, failures are clean, and the directory is useless without it."""
 
+import hashlib
 import os
+import random
 import signal
+import struct
 import subprocess
 import threading
 import time
@@ -298,6 +301,89 @@ def test_the_self_test_finds_a_bypassed_function(ground: Ground, compute: Databa
     compute.start(f"-c shared_preload_libraries={out}/neon.so", check=False)
     wait_until(lambda: "mdprefetch() was called without the library" in compute.log_text(), "the self-test to fail", 20)
     wait_until(lambda: compute.postmaster_pid is None, "the server to stop", 20)
+
+
+def test_another_build_of_the_server_is_refused(ground: Ground, compute: Database) -> None:
+    """A library of another minor release does not run: signatures inside the server may differ."""
+    base, _, _ = ground
+    content = (LIBRARIES / f"pg{compute.major}" / "neon.so").read_bytes()
+    version = compute.program("postgres", "--version").stdout.split()[2].encode()
+    assert content.count(b"PostgreSQL " + version) >= 1
+    other = base / "other_build.so"
+    other.write_bytes(content.replace(b"PostgreSQL " + version, b"PostgreSQL " + version[:-1] + b"X"))
+    other.chmod(0o755)
+    log = refusal(compute, f"-c shared_preload_libraries={other}")
+    assert 'library "neon" was built for another build of the server' in log
+
+
+# -- many processes at once
+
+
+def test_concurrent_hydration_and_writes(compute: Database) -> None:
+    """Sessions that read, write, prewarm and rewrite cold relations at once see no stale and no lost page."""
+    seed = int(time.time())
+    print("seed", seed)
+    compute.start("-c shared_buffers=2MB", "-c checkpoint_timeout=30s", "-c max_wal_size=64MB")
+    compute.query("create extension pg_prewarm")
+    failures: list[BaseException] = []
+
+    def session(number: int) -> None:
+        rng = random.Random(seed * 100 + number)
+        try:
+            with compute.connect() as connection:
+                connection.execute("set enable_indexscan = off; set enable_indexonlyscan = off" if number % 2 else "select 1")
+                for _ in range(60):
+                    at = rng.randrange(20000)
+                    choice = rng.randrange(5)
+                    if choice == 0:
+                        connection.execute("select count(*) from big where id between %s and %s", (at, at + 500))
+                    elif choice == 1:
+                        connection.execute("select pg_prewarm('big', %s)", (rng.choice(["read", "prefetch", "buffer"]),))
+                    elif choice == 2:
+                        connection.execute("select sum(length(filler)) from big")
+                    else:
+                        connection.execute("update changing set value = value + 1 where id = %s", (at % 5000 + 1,))
+                        connection.execute("insert into done values (%s)", (number,))
+        except BaseException as error:
+            failures.append(error)
+
+    compute.query("create table done (who int)")
+    threads = [threading.Thread(target=session, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not failures, failures
+    assert compute.query("select sum(value) from changing") == compute.query("select count(*) from done")
+    digest = "select count(*), md5(string_agg(filler, '' order by id)) from big"
+    expected = hashlib.md5("".join(hashlib.md5(str(g).encode()).hexdigest() * 4 for g in range(1, 20001)).encode()).hexdigest()
+    assert compute.query(digest) == [(20000, expected)]
+    compute.program("pg_amcheck", "--heapallindexed", "-d", "postgres")
+    compute.kill()
+    compute.start()
+    assert compute.query(digest) == [(20000, expected)]
+    assert compute.query("select sum(value) from changing") == compute.query("select count(*) from done")
+
+
+def map_counters(compute: Database) -> dict[str, int]:
+    """pages fetched, pages installed, writes that installed them, reads that waited, reconnects."""
+    with (compute.pgdata / "neon.map").open("rb") as file:
+        values = struct.unpack_from("<5Q", file.read(256), 104)
+    return dict(zip(("fetched", "installed", "installs", "waited", "reconnects"), values, strict=True))
+
+
+def test_sequential_reads_are_batched(compute: Database) -> None:
+    """A cold scan asks ahead: far fewer waits and writes than pages, and every page is fetched once."""
+    compute.start("-c max_parallel_workers_per_gather=0", "-c neon.fill_delay=-1")
+    compute.query("select count(*) from small")
+    before = map_counters(compute)
+    assert compute.query("select count(*) from big") == [(20000,)]
+    blocks = compute.query("select pg_relation_size('big') / 8192")[0][0]
+    used = {name: value - before[name] for name, value in map_counters(compute).items()}
+    assert used["installed"] >= blocks > 300
+    assert used["fetched"] <= blocks + 200, used
+    assert used["waited"] < blocks / 2 and used["installs"] < blocks / 2, used
 
 
 # -- the first checkpoint at every kind of position
