@@ -23,6 +23,7 @@ from neon_services.wal.records import (
     STOP_NO_MEMORY,
     WalBatch,
     WalDecodeError,
+    check_segment_size,
 )
 
 __all__ = [
@@ -78,6 +79,7 @@ class WalDecoder:
     """
 
     def __init__(self, start_lsn: int, pg_major: int, *, segment_size: int = WAL_SEGMENT_SIZE, verify_crc: bool = True) -> None:
+        check_segment_size(segment_size)
         self._library = _bind(pg_major)
         self._handle: int | None = self._library.waldec_new(start_lsn, segment_size, int(verify_crc))
         if self._handle is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from neon_services.ground.errors import NeonError
-from neon_services.ground.lsn import Lsn
+from neon_services.ground.lsn import XLOG_BLCKSZ, Lsn
 
 # One WAL record, 48 bytes. `blob_off` is where its entry [u64 end_lsn][raw record][pad to 8] begins in the batch's blob, so the
 # raw record is at blob_off + 8, its header field xl_prev (u64) at blob_off + 16, its main data at blob_off + 8 + main_off.
@@ -77,6 +77,12 @@ class WalDecodeError(NeonError):
     def natural_end(self) -> bool:
         """True when nothing was ever written here, or the page belongs to an older use of the file."""
         return self.reason in _NATURAL_ENDS
+
+
+def check_segment_size(segment_size: int) -> None:
+    """Raises ValueError when no server has WAL segments of this size."""
+    if segment_size <= 0 or segment_size % XLOG_BLCKSZ or segment_size > 1 << 30:
+        raise ValueError(f"WAL segments cannot have {segment_size} bytes")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from neon_services.ground.errors import ConfigError
 from neon_services.ground.lsn import WAL_SEGMENT_SIZE, Lsn
 from neon_services.wal.buffers import address_of
 from neon_services.wal.libraries import load_any_waldec
-from neon_services.wal.records import STOP_NO_MEMORY, WalDecodeError
+from neon_services.wal.records import STOP_NO_MEMORY, WalDecodeError, check_segment_size
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class WalScanner:
     """
 
     def __init__(self, start_lsn: int, *, segment_size: int = WAL_SEGMENT_SIZE) -> None:
+        check_segment_size(segment_size)
         self._scanner = _new_scanner(start_lsn, segment_size)
         self.feed: Callable[[bytes | bytearray | memoryview], None] = self._scanner.feed
         """Consume all of the chunk. Raises WalDecodeError (it names the LSN) on anything that is not valid WAL."""

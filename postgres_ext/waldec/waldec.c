@@ -158,12 +158,15 @@ on_abandon(WalStream *stream, void *owner)
 
 static const WalSink decode_sink = {on_begin, on_bytes, on_end, on_abandon};
 
-/* NULL when out of memory. */
+/* NULL when out of memory, or when no segment has this size. */
 WalDec *
 waldec_new(uint64_t start_lsn, uint32_t segment_size, int verify_crc)
 {
-	WalDec	   *dec = calloc(1, sizeof(WalDec));
+	WalDec	   *dec;
 
+	if (!walstream_segment_size_is_possible(segment_size))
+		return NULL;
+	dec = calloc(1, sizeof(WalDec));
 	if (dec == NULL)
 		return NULL;
 	dec->stream.sink = &decode_sink;

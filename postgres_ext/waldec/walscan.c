@@ -43,12 +43,15 @@ ignore_abandon(WalStream *stream, void *owner)
 
 static const WalSink scan_sink = {ignore_begin, ignore_bytes, ignore_end, ignore_abandon};
 
-/* NULL when out of memory. */
+/* NULL when out of memory, or when no segment has this size. */
 WalStream *
 walscan_new(uint64_t start_lsn, uint32_t segment_size)
 {
-	WalStream  *stream = calloc(1, sizeof(WalStream));
+	WalStream  *stream;
 
+	if (!walstream_segment_size_is_possible(segment_size))
+		return NULL;
+	stream = calloc(1, sizeof(WalStream));
 	if (stream == NULL)
 		return NULL;
 	stream->sink = &scan_sink;

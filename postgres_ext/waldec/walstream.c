@@ -83,6 +83,12 @@ walstream_fail(WalStream *stream, WalStop stop, const char *what, uint64_t lsn)
 	return -1;
 }
 
+bool
+walstream_segment_size_is_possible(uint32_t segment_size)
+{
+	return segment_size >= WAL_PAGE_SIZE && segment_size % WAL_PAGE_SIZE == 0;
+}
+
 /* Begin at lsn.  The settings (sink, owner, sizes, flags) stay. */
 void
 walstream_start(WalStream *stream, uint64_t lsn)

@@ -80,6 +80,7 @@ struct WalStream
 	char		error[192];
 };
 
+extern bool walstream_segment_size_is_possible(uint32_t segment_size);
 extern void walstream_start(WalStream *stream, uint64_t lsn);
 extern int	walstream_feed(WalStream *stream, const uint8_t *data, size_t len);
 extern int	walstream_fail(WalStream *stream, WalStop stop, const char *what, uint64_t lsn);
