@@ -30,6 +30,11 @@ ROLES = ("storage_broker", "safekeepers", "pageservers", "computes", "object_sto
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
+def _is_id(value: Any) -> bool:
+    """Whether it is an id, and text: without quotes YAML takes an id of digits only for a number."""
+    return isinstance(value, str) and _ID.fullmatch(value) is not None
+
+
 def _value(hostvars: HostVars, host: str, name: str) -> Any:
     return hostvars[host].get(name, DEFAULTS.get(name))
 
@@ -217,8 +222,8 @@ def _tenant_problems(groups: Groups, hostvars: HostVars) -> Iterator[str]:
     known: set[tuple[str, str]] = set()
     for tenant in tenants:
         name = tenant.get("id", "")
-        if not _ID.fullmatch(str(name)):
-            yield f"neon_tenants has a tenant with id {name!r}: an id is 32 hexadecimal digits in lower case"
+        if not _is_id(name):
+            yield f"neon_tenants has a tenant with id {name!r}: an id is 32 hexadecimal digits in lower case, in quotes"
         if tenant.get("pageserver") not in groups.get("pageservers", []):
             yield (
                 f"neon_tenants puts tenant {name} on pageserver {tenant.get('pageserver')!r}: name a host of group pageservers "
@@ -236,10 +241,10 @@ def _tenant_problems(groups: Groups, hostvars: HostVars) -> Iterator[str]:
 
 
 def _timeline_problems(tenant: str, timeline: Mapping[str, Any], known: set[tuple[str, str]]) -> Iterator[str]:
-    name = str(timeline.get("id", ""))
-    if not _ID.fullmatch(name):
-        yield f"neon_tenants gives tenant {tenant} a timeline with id {name!r}: an id is 32 hexadecimal digits in lower case"
-    if (tenant, name) in known:
+    name = timeline.get("id", "")
+    if not _is_id(name):
+        yield f"neon_tenants gives tenant {tenant} a timeline with id {name!r}: an id is 32 lower-case hex digits, in quotes"
+    if (tenant, str(name)) in known:
         yield f"neon_tenants gives tenant {tenant} timeline {name} twice: keep one"
     ancestor = timeline.get("ancestor_timeline_id")
     if ancestor is not None and (tenant, str(ancestor)) not in known:

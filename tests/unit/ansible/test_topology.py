@@ -89,6 +89,7 @@ CASES: list[tuple[str, Spoil, str]] = [
     ("id zero", lambda i: i.hostvars["ps1"].update(pageserver_node_id=0), "pageserver_node_id of ps1 is 0"),
     ("name for address", lambda i: i.hostvars["sk3"].update(ansible_host="sk3.example"), "set neon_address"),
     ("tenant id", lambda i: i.tenants[0].update(id="XY"), "tenant with id 'XY'"),
+    ("tenant id unquoted", lambda i: i.tenants[0].update(id=11112222333344445555666677778888), "in quotes"),
     ("tenant nowhere", lambda i: i.tenants[0].update(pageserver="ps9"), "on pageserver 'ps9'"),
     ("tenant twice", lambda i: i.tenants.append(copy.deepcopy(i.tenants[0])), "twice"),
     ("generation", lambda i: i.tenants[0].update(generation=0), "generation 0"),
