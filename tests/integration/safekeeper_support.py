@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,8 @@ class Fleet:
             service.kill()
 
 
-@contextlib.asynccontextmanager
-async def running_fleet(base: Path, count: int = 3, *options: str) -> AsyncIterator[Fleet]:
+@contextlib.contextmanager
+def running_fleet(base: Path, count: int = 3, *options: str) -> Iterator[Fleet]:
     """Everything started; everything killed at the end."""
     port = free_port()
     broker = Service("broker", [str(SCRIPTS / "storage_broker"), "-l", f"127.0.0.1:{port}"], base / "broker.log")

@@ -89,7 +89,7 @@ def source() -> Iterator[Source]:
 
 
 async def test_real_wal_is_stored_recovered_and_read_back(source: Source, tmp_path: Path) -> None:
-    async with running_fleet(tmp_path) as fleet:
+    with running_fleet(tmp_path) as fleet:
         ttid = new_ttid()
         leader = ScriptedProposer(ttid, source.start, source.data, source.pg_version, source.system_id)
         await leader.elect(fleet.nodes)
@@ -123,7 +123,7 @@ async def test_real_wal_is_stored_recovered_and_read_back(source: Source, tmp_pa
 
 async def test_postgres_own_receiver_follows_a_safekeeper(source: Source, tmp_path: Path) -> None:
     """pg_receivewal is a stock client of physical replication: the segments that it writes are the source's."""
-    async with running_fleet(tmp_path, 1) as fleet:
+    with running_fleet(tmp_path, 1) as fleet:
         node, ttid = fleet.nodes[0], new_ttid()
         leader = ScriptedProposer(ttid, source.start, source.data, source.pg_version, source.system_id)
         await leader.elect(fleet.nodes)
