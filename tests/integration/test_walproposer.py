@@ -12,7 +12,8 @@ import pytest
 
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
-from neon_services.protocols.safekeeper_messages import MembershipConfiguration, SafekeeperId
+from neon_services.protocols.feedback import PageserverFeedback
+from neon_services.protocols.safekeeper_messages import HotStandbyFeedback, MembershipConfiguration, SafekeeperId
 from tests.integration.walproposer_support import MemorySafekeeper, PlainPostgres, WalProposerProcess
 
 pytestmark = pytest.mark.postgres
@@ -237,3 +238,51 @@ async def test_wrong_commands_are_fatal_and_named(world: World) -> None:
     fatal = await proposer.event("fatal")
     assert "dance" in fatal["reason"] and not fatal["retry"]
     assert await proposer.process.wait() == 1
+
+
+async def test_wal_beyond_the_buffer_waits_in_postgres_while_there_is_no_quorum(world: World) -> None:
+    await world.attached(ring_mb=8)
+    await world.execute("create table t (a int, b text)")
+    for safekeeper in world.safekeepers[:2]:
+        await safekeeper.stop()
+    async with await psycopg.AsyncConnection.connect(world.postgres.dsn, autocommit=True) as connection:
+        await connection.execute("set synchronous_commit = off")
+        await asyncio.wait_for(
+            connection.execute("insert into t select i, repeat('x', 200) from generate_series(1, 80000) i"), 30
+        )
+        position = await (await connection.execute("select pg_current_wal_lsn()::text")).fetchone()
+    assert position is not None
+    end = parse_lsn(position[0])
+    assert end - world.start_lsn > 10 << 20
+    survivor = world.safekeepers[2]
+    assert survivor.acceptor.commit_lsn < end
+    for safekeeper in world.safekeepers[:2]:
+        await safekeeper.start()
+    await asyncio.wait_for(world.execute("insert into t values (0, '')"), 30)
+    await until(lambda: all(s.acceptor.flush_lsn > end for s in world.safekeepers), "all three to catch up")
+    await until(lambda: len({s.acceptor.flush_lsn for s in world.safekeepers}) == 1, "the same end")
+    world.check_logs()
+
+
+async def test_feedback_of_pageservers_and_replicas_reaches_postgres(world: World) -> None:
+    await world.attached()
+    await world.execute("create table t (a int)")
+    applied = Lsn(world.start_lsn + 8)
+    feedback = PageserverFeedback(last_received_lsn=applied, disk_consistent_lsn=world.start_lsn)
+    for safekeeper in world.safekeepers:
+        safekeeper.acceptor.standby_feedback = HotStandbyFeedback(1, 700, 0)
+        safekeeper.give_feedback(feedback)
+    await world.execute("insert into t values (1)")
+    sql = "select flush_lsn::text, replay_lsn::text, backend_xmin::text, sync_state from pg_stat_replication"
+    seen: list[Any] = []
+
+    async def look() -> bool:
+        async with await psycopg.AsyncConnection.connect(world.postgres.dsn, autocommit=True) as connection:
+            seen[:] = await (await connection.execute(sql)).fetchone() or ()
+            (xmin,) = await (await connection.execute("select xmin::text from pg_replication_slots")).fetchone() or (None,)
+        return parse_lsn(seen[1]) == applied and "700" in (xmin, seen[2])
+
+    async with asyncio.timeout(20):
+        while not await look():  # noqa: ASYNC110 - Postgres is asked
+            await asyncio.sleep(0.05)
+    assert parse_lsn(seen[0]) > applied and seen[3] == "sync"

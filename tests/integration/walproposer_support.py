@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neon_services.consensus.acceptor import Acceptor, AcceptorState, PeerInfo, ProposerConnection, run
+from neon_services.consensus.acceptor import Acceptor, AcceptorState, ProposerConnection, run
 from neon_services.ground.errors import NeonError, ProtocolViolation, StaleGeneration
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
 from neon_services.protocols import pgwire
+from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.pgserver import EndConnection, PgServer, ServerConnection
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, parse_proposer_message
 from neon_services.simulation.wal import SimulatedDisk, SimulatedWal
@@ -45,7 +46,7 @@ class MemorySafekeeper:
         self.acceptor = Acceptor(node_id, ttid, state, self.disk.wal)
         self.port = free_port()
         self.server: PgServer | None = None
-        self.handlers: set[_Handler] = set()
+        self.pushers: dict[ServerConnection, ProposerConnection] = {}
         self.recovery_reads = 0
 
     async def start(self) -> None:
@@ -64,10 +65,12 @@ class MemorySafekeeper:
     def running(self) -> bool:
         return self.server is not None
 
-    def learn(self, other: "MemorySafekeeper") -> None:
-        """What the broker would carry."""
-        theirs = other.acceptor
-        self.acceptor.peer_info(PeerInfo(theirs.last_log_term, theirs.commit_lsn, Lsn(0), Lsn(0), Lsn(0)))
+    def give_feedback(self, feedback: PageserverFeedback) -> None:
+        """As if a pageserver had reported."""
+        for connection, proposer in self.pushers.items():
+            answer = self.acceptor.feedback_response(proposer, feedback)
+            if answer is not None:
+                connection.send_copy_data(answer.pack())
 
 
 class _Handler:
@@ -94,7 +97,7 @@ class _Handler:
     async def _push(self, connection: ServerConnection) -> None:
         safekeeper = self.safekeeper
         acceptor, disk = safekeeper.acceptor, safekeeper.disk
-        proposer = ProposerConnection(connection.peer)
+        proposer = safekeeper.pushers[connection] = ProposerConnection(connection.peer)
 
         def send(replies: list[Any]) -> None:
             for reply in replies:
@@ -109,7 +112,10 @@ class _Handler:
         connection.copy_sink = on_message
         connection.copy_batch_end = lambda: send(run(acceptor.flush_batch(proposer), disk.perform))
         connection.begin_copy_both()
-        await connection.next_copy_data()
+        try:
+            await connection.next_copy_data()
+        finally:
+            del safekeeper.pushers[connection]
         raise EndConnection
 
     async def _read(self, connection: ServerConnection, sql: str) -> None:
