@@ -206,3 +206,19 @@ async def test_a_long_lost_safekeeper_catches_up_from_another(world: World) -> N
     end = parse_lsn((await proposer.event("stopped"))["lsn"])
     await asyncio.to_thread(wait_until, lambda: {world.flush_lsn(s) for s in world.safekeepers} == {end}, "all at the end", 30)
     assert len(world.digests(end)) == 1
+
+
+async def test_a_safekeeper_that_hangs_does_not_hold_commits_up(world: World) -> None:
+    """Each in turn is stopped in its tracks, its sockets open: the others take its part at once."""
+    await world.attached(connect_timeout_ms=2000, lazy_ms=10)
+    async with await psycopg.AsyncConnection.connect(world.postgres.dsn, autocommit=True) as connection:
+        await connection.execute("create table t (a int)")
+        for safekeeper in world.safekeepers:
+            safekeeper.process.signal(signal.SIGSTOP)
+            try:
+                for value in range(30):
+                    await asyncio.wait_for(connection.execute(f"insert into t values ({value})"), 5)
+            finally:
+                safekeeper.process.signal(signal.SIGCONT)
+            mark = world.flush_lsn(max(world.safekeepers, key=world.flush_lsn))
+            await asyncio.to_thread(wait_until, lambda s=safekeeper, m=mark: world.flush_lsn(s) >= m, "catching up", 30)
