@@ -122,7 +122,7 @@ typedef struct MaskRequest
 } MaskRequest;
 
 /* main.c */
-extern void die(const char *format, ...) pg_attribute_printf(1, 2) pg_attribute_noreturn();
+extern void die(const char *format, ...) pg_attribute_printf(1, 2) __attribute__((noreturn));
 
 /* boot.c */
 extern void boot_backend(void);
@@ -138,7 +138,7 @@ extern void forget_pages(void);
 extern void mask_page(uint32 rmid, BlockNumber blk, char *page);
 
 /* protocol.c */
-extern void serve_forever(void) pg_attribute_noreturn();
+extern void serve_forever(void) __attribute__((noreturn));
 
 /* sandbox.c */
 extern void enter_sandbox(void);

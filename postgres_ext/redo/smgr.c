@@ -1,10 +1,11 @@
 /*
  * The storage manager of the helper: one page, in memory.
  *
- * The server's table of storage managers is constant, but it is the only place
- * in the read-only-after-relocation segment where the addresses of mdinit, 0
- * and mdopen follow each other.  Every slot is compared with the function it
- * must hold before any is replaced: a build that differs stops at the start.
+ * The server's table of storage managers is constant (.data.rel.ro in a
+ * position independent executable, .rodata in another), but it is the only
+ * place in the executable's data where the addresses of mdinit, 0 and mdopen
+ * follow each other.  Every slot is compared with the function it must hold
+ * before any is replaced: a build that differs stops at the start.
  */
 #include "redo.h"
 
@@ -207,53 +208,56 @@ server_symbol(const char *name)
 	return address;
 }
 
-typedef struct Range
+typedef struct Search
 {
-	uintptr_t	begin;
-	uintptr_t	end;
-} Range;
+	void	   *init;
+	void	   *open;
+	void	  **found;
+} Search;
 
-/* The first object listed is the executable. */
+static void
+search_segment(Search *search, uintptr_t begin, uintptr_t end)
+{
+	for (uintptr_t at = TYPEALIGN(sizeof(void *), begin); at + TABLE_SLOTS * sizeof(void *) <= end; at += sizeof(void *))
+	{
+		void	  **table = (void **) at;
+
+		if (table[0] != search->init || table[1] != NULL || table[2] != search->open)
+			continue;
+		if (search->found != NULL)
+			die("neon_redo: more than one storage manager table in this server");
+		search->found = table;
+	}
+}
+
+/* Called for the first loaded object, which is the executable. */
 static int
-find_relro(struct dl_phdr_info *info, size_t size, void *argument)
+search_executable(struct dl_phdr_info *info, size_t size, void *argument)
 {
-	Range	   *range = argument;
-
 	(void) size;
 	for (int i = 0; i < info->dlpi_phnum; i++)
-		if (info->dlpi_phdr[i].p_type == PT_GNU_RELRO)
-		{
-			range->begin = TYPEALIGN(sizeof(void *), info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
-			range->end = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr + info->dlpi_phdr[i].p_memsz;
-		}
+	{
+		const ElfW(Phdr) * segment = &info->dlpi_phdr[i];
+		uintptr_t	begin = info->dlpi_addr + segment->p_vaddr;
+
+		if (segment->p_type == PT_LOAD && (segment->p_flags & (PF_R | PF_X)) == PF_R)
+			search_segment(argument, begin, begin + segment->p_filesz);
+	}
 	return 1;
 }
 
 static void **
 find_table(void)
 {
-	void	   *init = server_symbol("mdinit");
-	void	   *open = server_symbol("mdopen");
-	Range		range = {0, 0};
-	void	  **found = NULL;
+	Search		search = {server_symbol("mdinit"), server_symbol("mdopen"), NULL};
 
-	dl_iterate_phdr(find_relro, &range);
-	for (uintptr_t at = range.begin; at + TABLE_SLOTS * sizeof(void *) <= range.end; at += sizeof(void *))
-	{
-		void	  **table = (void **) at;
-
-		if (table[0] != init || table[1] != NULL || table[2] != open)
-			continue;
-		if (found != NULL)
-			die("neon_redo: more than one storage manager table in this server");
-		found = table;
-	}
-	if (found == NULL)
+	dl_iterate_phdr(search_executable, &search);
+	if (search.found == NULL)
 		die("neon_redo: no storage manager table in this server");
 	for (size_t i = 0; i < lengthof(slots); i++)
-		if (found[i + 2] != server_symbol(slots[i].name))
+		if (search.found[i + 2] != server_symbol(slots[i].name))
 			die("neon_redo: slot %zu of the storage manager table is not %s: built for another server", i, slots[i].name);
-	return found;
+	return search.found;
 }
 
 void
