@@ -16,6 +16,7 @@ from neon_services.pageserver.ingest_database import handle_database
 from neon_services.pageserver.ingest_rows import RowBuilder
 from neon_services.pageserver.ingest_tip import TipState
 from neon_services.pageserver.keys import RelTag
+from neon_services.pageserver.native_records import CLOG_XIDS_PER_PAGE
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.values import IndexArray
 from neon_services.wal.records import WalBatch
@@ -68,6 +69,8 @@ class _BatchIngest:
         looked_at = [_record(batch, row) for row in special.tolist()]
         needed = {tag for record in looked_at for tag in ir.relations_needed(record, tip.pg_major)}
         await tip.prefetch([*self._blocks.tags, *needed])
+        xids = batch.records["xid"][batch.records["rmid"] == ir.XACT]
+        await tip.clog.prefetch(np.unique(xids[xids != 0] // CLOG_XIDS_PER_PAGE).tolist())
 
         tip.rows = RowBuilder(batch.blob)
         for row, record in zip(special.tolist(), looked_at, strict=True):
@@ -139,6 +142,7 @@ class _BatchIngest:
         last = int(np.searchsorted(self._simple, row))
         ingest_xact.put_simple_xacts(self._tip, self._batch, self._simple[self._simple_done : last])
         self._simple_done = last
+        self._tip.clog.put_images(self._tip.rows)
         if row:
             end = self._batch.records[row - 1]
             self._timeline.ingest(self._tip.rows.finish(), int(end["end_lsn"]), int(end["start_lsn"]))

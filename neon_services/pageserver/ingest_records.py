@@ -19,7 +19,6 @@ from neon_services.pageserver.native_records import (
     HEAP_BLOCKS_PER_VM_PAGE,
     MEMBERS_PER_PAGE,
     OFFSETS_PER_PAGE,
-    ZERO_PAGE,
 )
 from neon_services.pageserver.relations import forks_of
 from neon_services.pageserver.slru import clog_segments_before
@@ -179,7 +178,7 @@ def _truncate_fsm(tip: TipState, tag: RelTag, heap_blocks: int, lsn: int) -> Non
 def _clog(tip: TipState, record: Record) -> None:
     page, width = _page_number(tip, record)
     if record.opcode == 0x00:  # ZEROPAGE
-        tip.put_slru_page(keys.CLOG, page, ZERO_PAGE, record.end_lsn)
+        tip.zero_slru_page(keys.CLOG, page, record.end_lsn)
     elif record.opcode == 0x10:  # TRUNCATE
         oldest_xid, oldest_xid_db = _unpack("<II", record, width)
         tip.checkpoint.saw_oldest_xid(oldest_xid, oldest_xid_db)
@@ -193,7 +192,7 @@ def _multixact(tip: TipState, record: Record) -> None:
     lsn = record.end_lsn
     if record.opcode in (0x00, 0x10):  # ZERO_OFF_PAGE, ZERO_MEM_PAGE
         kind = keys.MULTIXACT_OFFSETS if record.opcode == 0x00 else keys.MULTIXACT_MEMBERS
-        tip.put_slru_page(kind, _page_number(tip, record)[0], ZERO_PAGE, lsn)
+        tip.zero_slru_page(kind, _page_number(tip, record)[0], lsn)
     elif record.opcode == 0x20:  # CREATE_ID
         multi, offset, count = _unpack("<IIi", record)
         flat = _unpack(f"<{2 * max(count, 0)}I", record, 12)

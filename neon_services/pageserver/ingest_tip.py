@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from neon_services.ground.errors import CorruptionError
 from neon_services.pageserver import keys
 from neon_services.pageserver.checkpoint_state import CheckpointState
+from neon_services.pageserver.ingest_clog import ClogTip
 from neon_services.pageserver.ingest_rows import RowBuilder
 from neon_services.pageserver.keys import RelTag
 from neon_services.pageserver.relations import Databases, Relations, decode_databases, encode_databases
@@ -48,6 +49,7 @@ class TipState:
         self._relations = Relations.of(timeline)
         self.rows = RowBuilder(b"")
         self.checkpoint = CheckpointState(bytes(88))
+        self.clog = ClogTip(timeline)
         self.databases: Databases = {}
         self.prepared: set[int] = set()
         self._segments: dict[int, dict[int, int]] = {}  # SLRU kind -> segment -> pages
@@ -167,10 +169,12 @@ class TipState:
         """The segments that exist."""
         return set(self._segments[kind])
 
-    def put_slru_page(self, kind: int, page: int, content: bytes, lsn: int) -> None:
-        """A whole page; the segment grows to hold it."""
+    def zero_slru_page(self, kind: int, page: int, lsn: int) -> None:
+        """A new page of zeros; the segment grows to hold it."""
         self.ensure_slru_page(kind, page, lsn, zeros=False)
-        self.rows.put_image(keys.slru_page(kind, page), lsn, content)
+        if kind == keys.CLOG:
+            self.clog.zeroed(page)
+        self.rows.put_zero_page(keys.slru_page(kind, page), lsn)
 
     def ensure_slru_page(self, kind: int, page: int, lsn: int, *, zeros: bool = True) -> None:
         """Make the page exist; new pages before it, and with ``zeros`` itself, are zeros."""
@@ -184,6 +188,8 @@ class TipState:
             return
         pages[segment] = block + 1
         self.rows.put_image(keys.slru_segment_size(kind, segment), lsn, _U32.pack(block + 1))
+        if zeros and kind == keys.CLOG:
+            self.clog.zeroed(page)
         for gap in range(size, block + 1 if zeros else block):
             self.rows.put_zero_page(keys.slru_block(kind, segment, gap), lsn)
 
@@ -192,6 +198,8 @@ class TipState:
         present = segments & set(self._segments[kind])
         if not present:
             return
+        if kind == keys.CLOG:
+            self.clog.forget(present)
         for segment in present:
             del self._segments[kind][segment]
             self.rows.put_tombstone(keys.slru_segment_size(kind, segment), lsn)

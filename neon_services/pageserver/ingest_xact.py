@@ -12,6 +12,7 @@ import numpy as np
 
 from neon_services.ground.errors import CorruptionError
 from neon_services.pageserver import keys, native_records
+from neon_services.pageserver.ingest_clog import ABORTED, COMMITTED
 from neon_services.pageserver.ingest_tip import TipState
 from neon_services.pageserver.native_records import CLOG_XIDS_PER_PAGE
 from neon_services.pageserver.values import NATIVE, IndexArray
@@ -103,6 +104,11 @@ def put_simple_xacts(tip: TipState, batch: WalBatch, rows: IndexArray) -> None:
     for page, first in zip(page_first[0].tolist(), page_first[1].tolist(), strict=True):
         tip.ensure_slru_page(keys.CLOG, page, int(records["end_lsn"][first]))
     committed = (records["info"] & OPCODE_MASK) == COMMIT
+    for page in page_first[0].tolist():
+        here = pages == page
+        for mask, status in ((here & committed, COMMITTED), (here & ~committed, ABORTED)):
+            if mask.any():
+                tip.clog.changed(page, records["xid"][mask], status, int(records["end_lsn"][mask][-1]))
     segment, block = pages // np.uint64(keys.SLRU_PAGES_PER_SEGMENT), pages % np.uint64(keys.SLRU_PAGES_PER_SEGMENT)
     hi = np.full(len(records), keys.slru_block(keys.CLOG, 0, 0)[0], np.uint64)
     lo = segment << np.uint64(40) | block
@@ -120,6 +126,9 @@ def put_simple_xacts(tip: TipState, batch: WalBatch, rows: IndexArray) -> None:
             at = records["blob_off"][mask].astype(np.int64) + 8 + records["main_off"][mask]
             blob = np.frombuffer(batch.blob, np.uint8)
             values["time"] = blob[at[:, None] + np.arange(8)].view("<i8").ravel()
+            newest = dict(zip(pages[mask].tolist(), zip(lsn[mask].tolist(), values["time"].tolist(), strict=True), strict=True))
+            for page, (end_lsn, time_us) in newest.items():  # of equal keys the last remains: rows are in WAL order
+                tip.clog.committed(page, end_lsn, time_us)
         offset = tip.rows.add_data(values.tobytes())
         offsets = np.uint64(offset) + np.arange(count, dtype=np.uint64) * np.uint64(dtype.itemsize)
         tip.rows.put_columns(hi[mask], lo[mask], lsn[mask], NATIVE, offsets, dtype.itemsize)
@@ -139,8 +148,11 @@ def put_xact(tip: TipState, info: int, xid: int, main: bytes, raw: bytes, lsn: i
         tip.ensure_slru_page(keys.CLOG, page, lsn)
         if opcode in (COMMIT, COMMIT_PREPARED):
             value = native_records.clog_set_committed(members, record.time_us)
+            tip.clog.changed(page, members, COMMITTED, lsn)
+            tip.clog.committed(page, lsn, record.time_us)
         else:
             value = native_records.clog_set_aborted(members)
+            tip.clog.changed(page, members, ABORTED, lsn)
         tip.rows.put(keys.slru_page(keys.CLOG, page), lsn, NATIVE, value)
     if prepared:
         tip.drop_prepared(tip.checkpoint.full_xid(top) if tip.pg_major >= 17 else top, lsn)

@@ -1,16 +1,20 @@
 """Records that are not about pages: layouts of Postgres 15, 17 and 18, and what readers see afterwards."""
 
+import random
 import struct
 
+import numpy as np
 import pytest
 
 from neon_services.ground.errors import CorruptionError
-from neon_services.pageserver import keys, slru
+from neon_services.pageserver import ingest_clog, keys, slru
 from neon_services.pageserver.checkpoint_state import CheckpointState
+from neon_services.pageserver.ingest import WalIngest
 from neon_services.pageserver.ingest_records import decode_aux_files, encode_aux_file
 from neon_services.pageserver.ingest_tip import decode_prepared
 from neon_services.pageserver.ingest_xact import parse_xact, record_origin
 from neon_services.pageserver.keys import RelTag
+from neon_services.pageserver.read_path import search_timeline
 from neon_services.pageserver.relations import Relations
 from neon_services.pageserver.timeline import MissingKey, Timeline
 from tests.unit.pageserver_service.wal_builder import FIRST_XID, START, Wal, empty_timeline, ingest_all, make_checkpoint, page
@@ -72,6 +76,44 @@ async def test_simple_commits_and_aborts() -> None:
     assert [await clog(timeline, 1025, lsn) for lsn in (committed, aborted)] == [0, 2]
     content = await timeline.get(*keys.slru_page(keys.CLOG, 0), last)
     assert struct.unpack(">q", content[8192:]) == (1002,)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_fresh_images_of_clog_pages_change_nothing_that_is_read(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_clog, "IMAGE_INTERVAL", 5)
+    rng = random.Random(seed)
+    print("seed", seed)
+    timeline, wal, model, history = empty_timeline(), Wal(), dict[int, int](), dict[int, tuple[dict[int, int], int]]()
+    wal.add(3, 0x00, struct.pack("<i", 1))
+    newest, ingest = 0, WalIngest(timeline)
+    xids = iter(rng.sample(range(32000, 34000), 1500))
+    for number in range(400):
+        top, subs = next(xids), [next(xids) for _ in range(rng.choice([0, 0, 0, 2]))]
+        commit = rng.random() < 0.7
+        if subs:
+            main = struct.pack(f"<qII{len(subs)}I", number + 1, 2, len(subs), *subs)
+            end = wal.add(1, (COMMIT if commit else ABORT) | HAS_INFO, main, xid=top)
+        else:
+            end = wal.add(1, COMMIT if commit else ABORT, struct.pack("<q", number + 1), xid=top)
+        model |= dict.fromkeys([top, *subs], 1 if commit else 2)
+        if commit and any(xid >= 32768 for xid in (top, *subs)):
+            newest = number + 1
+        history[end] = (dict(model), newest)
+        if rng.random() < 0.1:
+            await ingest.ingest(wal.batch())
+            ingest = rng.choice([ingest, WalIngest(timeline)])
+    await ingest.ingest(wal.batch())
+    images = 0
+    for end in rng.sample(sorted(history), 60):
+        known, time_us = history[end]
+        pages = [await timeline.get(*keys.slru_page(keys.CLOG, number), end) for number in (0, 1)]
+        for xid in range(32000, 34000):
+            status = pages[xid // 32768][xid % 32768 // 4] >> 2 * (xid % 4) & 3
+            assert status == known.get(xid, 0), (xid, end)
+        assert pages[1][8192:] == (struct.pack(">q", time_us) if time_us else b"")
+        search = await search_timeline(timeline, *(np.array([half], np.uint64) for half in keys.slru_page(keys.CLOG, 1)), end)
+        images += len((await search.histories())[0].kinds) < 20
+    assert images > 20, "the history was not cut short"
 
 
 async def test_commit_with_subtransactions_on_two_pages() -> None:
