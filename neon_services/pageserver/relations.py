@@ -9,7 +9,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from neon_services.ground.errors import CorruptionError
 from neon_services.pageserver import keys
@@ -45,7 +45,7 @@ class Relations:
     _instances: ClassVar["WeakKeyDictionary[Timeline, Relations]"] = WeakKeyDictionary()
 
     def __init__(self, timeline: Timeline) -> None:
-        self._timeline = timeline
+        self._timeline_ref = ref(timeline)  # the registry of instances must not keep timelines alive
         self._tip: dict[RelTag, tuple[int, int | None]] = {}
         self._old: OrderedDict[tuple[RelTag, int], int | None] = OrderedDict()
         #: Bytes of all relations at the tip; None until ``compute_logical_size`` ran. Ingest keeps it up to date.
@@ -59,6 +59,12 @@ class Relations:
         if found is None:
             found = cls._instances[timeline] = cls(timeline)
         return found
+
+    @property
+    def _timeline(self) -> Timeline:
+        timeline = self._timeline_ref()
+        assert timeline is not None, "the timeline is gone"
+        return timeline
 
     # -- sizes
 

@@ -7,7 +7,7 @@ safekeeper or the broker sends ends this task: errors are logged once, the safek
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 from prometheus_client import Counter
 
@@ -25,6 +25,7 @@ from neon_services.storage_broker.client import RETRY_INTERVAL_S, BrokerClient, 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5  # how often timeouts are looked at; news wake the task at once
+_RESTART_S = 5.0
 _NORMAL_END = "ending streaming"
 
 _SWITCHES = Counter("pageserver_walreceiver_switches", "Changes of the safekeeper", ["reason"])
@@ -53,9 +54,9 @@ class WalReceiver:
         """Begin."""
         loop = asyncio.get_running_loop()
         self._tasks = [
-            loop.create_task(self._guard(self._listen()), name=f"broker {self._timeline}"),
-            loop.create_task(self._guard(self._manage()), name=f"walreceiver {self._timeline}"),
-            loop.create_task(self._guard(self._measure()), name=f"logical size {self._timeline}"),
+            loop.create_task(self._guard(self._listen), name=f"broker {self._timeline}"),
+            loop.create_task(self._guard(self._manage), name=f"walreceiver {self._timeline}"),
+            loop.create_task(self._guard(self._measure), name=f"logical size {self._timeline}"),
         ]
 
     async def stop(self) -> None:
@@ -98,15 +99,19 @@ class WalReceiver:
 
     # -- tasks
 
-    async def _guard(self, work: Awaitable[None]) -> None:
-        try:
-            await work
-        except asyncio.CancelledError:
-            raise
-        except Cancelled as error:
-            log.info("timeline %s: %s", self._timeline, error)
-        except Exception:
-            log.exception("timeline %s: WAL receiving has stopped", self._timeline)
+    async def _guard(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run a task for as long as the timeline lives, whatever happens."""
+        while True:
+            try:
+                return await work()
+            except asyncio.CancelledError:
+                raise
+            except Cancelled as error:
+                log.info("timeline %s: %s", self._timeline, error)
+                return None
+            except Exception:
+                log.exception("timeline %s: WAL receiving failed, trying again in %g s", self._timeline, _RESTART_S)
+                await asyncio.sleep(_RESTART_S)
 
     async def _measure(self) -> None:
         """The logical size, which safekeepers hand on to computes."""

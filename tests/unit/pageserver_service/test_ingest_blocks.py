@@ -1,7 +1,9 @@
 """Blocks, growth, truncation and drops: what a reader sees at every LSN, however the WAL is cut into batches."""
 
+import gc
 import random
 import struct
+import weakref
 
 import pytest
 
@@ -116,6 +118,17 @@ async def test_user_defined_tablespaces_are_left_out(caplog: pytest.LogCaptureFi
     await ingest_all(timeline, wal)
     assert await Relations.of(timeline).list_relations(end) == [REL]
     assert caplog.text.count("tablespace 70000") == 1
+
+
+async def test_what_is_cached_of_a_timeline_does_not_keep_it_alive() -> None:
+    timeline, wal = empty_timeline(), Wal()
+    wal.touch(REL.rel, 0)
+    await ingest_all(timeline, wal)
+    assert Relations.of(timeline) is Relations.of(timeline)
+    watched = weakref.ref(timeline)
+    del timeline
+    gc.collect()
+    assert watched() is None
 
 
 def random_wal(rng: random.Random, records: int) -> tuple[Wal, dict[int, dict[RelTag, int]]]:
