@@ -39,6 +39,7 @@ from neon_services.ground.process import notify_systemd
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 30.0
+SHORT_STOP_S = 2.0
 LEASE_RETRY_S = 10.0
 LEASE_MARGIN_S = 60.0
 
@@ -125,6 +126,7 @@ class ComputeNode:
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._proposer = ProposerChild(self._committed)
         self._postgres = PostgresProcess(options.pgbin, options.pgdata)
+        self._attached = False  # commits can be acknowledged from here on
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- what others ask for
@@ -180,17 +182,14 @@ class ComputeNode:
         starting = loop.create_task(self._start())
         try:
             await _first_of(starting, self._stop, self._proposer.ended)
-            if not starting.done() and self._stop.done():
-                log.info("asked to stop while starting")
-                await self._end_early(starting)
-                return 0
             if not starting.done():
-                await self._end_early(starting)
-                return self._failed(f"the compute cannot start: {self._proposer.reason}")
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                return await self._interrupted_start()
             try:
                 starting.result()
             except (NeonError, OSError) as error:
-                await self._end_early(None)
+                await self._end_early()
                 return self._failed(f"{error}")
             return await self._serve()
         finally:
@@ -206,11 +205,19 @@ class ComputeNode:
             self.status.change(Status.FAILED, reason)
         return 1
 
-    async def _end_early(self, starting: asyncio.Task[None] | None) -> None:
-        """Give up a start: nothing was acknowledged to anybody yet that a stop could lose."""
-        if starting is not None:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+    async def _interrupted_start(self) -> int:
+        """A request to stop, or the walproposer's end, came first."""
+        if self._stop.done():
+            log.info("asked to stop while starting")
+            if self._attached:  # it serves already: clients may have commits
+                return await self._serve()
+            await self._end_early()
+            return 0
+        await self._end_early()
+        return self._failed(f"the compute cannot start: {self._proposer.reason}")
+
+    async def _end_early(self) -> None:
+        """Give up a start: nothing was acknowledged to anybody that a stop at once could lose."""
         if self._postgres.running:
             await self._postgres.stop("immediate")
         await self._proposer.kill()
@@ -244,7 +251,8 @@ class ComputeNode:
             log.error("walproposer ended before Postgres: %s", self._proposer.reason)
             await self._postgres.stop("immediate")
         code = await stopping
-        self.final_lsn = await self._proposer.stop(STOP_TIMEOUT_S)
+        # a Postgres that had to be stopped at once leaves nothing to wait for
+        self.final_lsn = await self._proposer.stop(STOP_TIMEOUT_S if code == 0 else SHORT_STOP_S)
         log.info("stopped at %s", format_lsn(self.final_lsn) if self.final_lsn else "an unknown LSN")
         return 0 if request.mode == "fast" and code == 0 else int(request.mode == "fast" and code != 0)
 
@@ -344,6 +352,7 @@ class ComputeNode:
             attaching.cancel()
             raise NeonError(f"Postgres ended with exit code {self._postgres.ended.result()} while starting; its log says why")
         attaching.result()
+        self._attached = True
         # old directories only now: deleting files makes creating files slow on some file systems
         self._spawn(self._delete_trash())
 

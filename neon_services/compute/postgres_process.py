@@ -16,7 +16,7 @@ from neon_services.ground.errors import ConfigError, NeonError
 log = logging.getLogger(__name__)
 
 POLL_S = 0.002
-FAST_STOP_S = 60.0
+FAST_STOP_S = 30.0  # without a quorum, Postgres waits for ever for its last WAL to be taken
 DESCRIPTORS = 4096  # above the two that the guard needs
 _STATUS_LINE = 7
 
