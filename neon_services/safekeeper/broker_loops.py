@@ -93,6 +93,8 @@ class BrokerLoops:
             except NeonError as error:
                 # said once per outage, not once per second
                 log.log(logging.DEBUG if failing else logging.WARNING, "%s at the broker failed: %s", what, error)
+            except Exception:
+                log.exception("%s at the broker failed", what)  # gossip must never take the WAL service with it
             failing = time.monotonic() - started < RETRY_INTERVAL_S * 10
             await asyncio.sleep(RETRY_INTERVAL_S)
 

@@ -190,9 +190,11 @@ class Timelines:
         self._tombstones[key] = _Tombstone(None, self._clock() + TOMBSTONE_LIFE_S)
 
     def close(self) -> None:
-        """End everything; called once at shutdown."""
+        """Save what is known and end everything; called once at shutdown."""
         for timeline in self._timelines.values():
             try:
+                # a crash may lose commit_lsn, but an orderly restart need not wait for a compute to learn it again
+                timeline.run(timeline.acceptor.persist_volatile())
                 timeline.close("the safekeeper is shutting down")
             except NeonError as error:
                 log.error("timeline %s, at shutdown: %s", timeline.ttid, error)

@@ -317,6 +317,20 @@ async def test_a_killed_safekeeper_recovers_its_flush_lsn(fleet: Fleet) -> None:
         assert parse_lsn(new["commit_lsn"]) <= parse_lsn(old["commit_lsn"])
 
 
+async def test_an_orderly_restart_keeps_commit_lsn_too(fleet: Fleet) -> None:
+    wal = WalMaker(START, WAL_SEGMENT_SIZE).records(20)
+    leader = proposer(wal)
+    await leader.elect(fleet.nodes)
+    await leader.stream(wal.end)
+    node = fleet.nodes[0]
+    assert node.stop() == 0
+    assert "shutting down" in await dead(leader.members[0].client)
+    node.start()
+    status = node.status(leader.ttid)
+    assert status["commit_lsn"] == status["flush_lsn"] == format_lsn(wal.end)
+    leader.leave()
+
+
 async def test_kill_loop_keeps_every_acknowledged_byte(fleet: Fleet) -> None:
     """Kill -9 of random members while WAL streams; each time a new leader goes on. In the end all three are equal."""
     seed = random.randrange(1 << 32)
