@@ -52,7 +52,8 @@ class Checker:
                 effect.lsn >= commit_lsn, "%s cuts its log at %d, below its commit_lsn %d", node, effect.lsn, commit_lsn
             )
         elif type(effect) is PersistState:
-            old, new = node.disk.state, effect.state
+            # what counts is what was spoken: a state that reached the disk though the write failed was never acted on
+            old, new = node.acceptor.state, effect.state
             self.require(new.term >= old.term, "%s: persisted term goes back from %d to %d", node, old.term, new.term)
             self.require(new.commit_lsn >= old.commit_lsn, "%s: persisted commit_lsn goes back to %d", node, new.commit_lsn)
             self.require(new.mconf.generation >= old.mconf.generation, "%s: membership goes back", node)

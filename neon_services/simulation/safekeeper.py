@@ -9,6 +9,7 @@ from neon_services.consensus.acceptor import (
     Effect,
     FlushWal,
     PeerInfo,
+    PersistState,
     ProposerConnection,
     TruncateWal,
     WriteWal,
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 class Crashed(Exception):
     """The node lost power in the middle of something."""
+
+
+class DiskFailed(NeonError):
+    """The disk refused to replace the state; whether the old or the new one is on it now, nobody knows."""
 
 
 class SimulatedSafekeeper:
@@ -90,7 +95,7 @@ class SimulatedSafekeeper:
         session = self.sessions.pop(connection, None)
         self.flush_due.discard(connection)
         if session is not None and self.up:
-            self._run(self.acceptor.flush_on_disconnect(session))
+            self._attempt(self.acceptor.flush_on_disconnect(session))
 
     def deliver(self, connection: Connection, message: ProposerMessage) -> None:
         """One message from a proposer."""
@@ -121,7 +126,13 @@ class SimulatedSafekeeper:
         if session is None or connection not in self.flush_due:
             return
         self.flush_due.discard(connection)
-        for reply in self._run(self.acceptor.flush_batch(session)) or ():
+        try:
+            replies = self._run(self.acceptor.flush_batch(session))
+        except DiskFailed:
+            connection.close_by_safekeeper()
+            self.closed(connection)
+            return
+        for reply in replies or ():
             self.world.checker.acknowledged(self, reply)
             connection.send_to_proposer(reply)
 
@@ -141,7 +152,7 @@ class SimulatedSafekeeper:
     def save(self) -> None:
         """The manager's lazy save."""
         if self.up and self.present:
-            self._run(self.acceptor.persist_volatile())
+            self._attempt(self.acceptor.persist_volatile())
 
     # -- membership
 
@@ -153,14 +164,11 @@ class SimulatedSafekeeper:
         """The control plane brings a configuration. True when it is in force here."""
         if not self.up or not self.present:
             return False
-        try:
-            return self._run(self.acceptor.membership_switch(mconf)) is not None
-        except NeonError:
-            return False
+        return self._attempt(self.acceptor.membership_switch(mconf)) is not None
 
     def bump(self, term: int) -> bool:
         """term_bump; False when the node went down over it."""
-        return self._run(self.acceptor.term_bump(term)) is not None
+        return self._attempt(self.acceptor.term_bump(term)) is not None
 
     def install(self, donor: "SimulatedSafekeeper", mconf: MembershipConfiguration) -> None:
         """pull_timeline: become a copy of what the donor has on disk."""
@@ -189,6 +197,13 @@ class SimulatedSafekeeper:
         self.up = False
         self.boot()
 
+    def _attempt(self, steps: Generator[Effect, Any, Any]) -> Any:
+        """Carry out one method; None when it failed or the node crashed meanwhile."""
+        try:
+            return self._run(steps)
+        except NeonError:
+            return None
+
     def _run(self, steps: Generator[Effect, Any, Any]) -> Any:
         """Carry out one method; None when the node crashed meanwhile."""
         try:
@@ -207,8 +222,17 @@ class SimulatedSafekeeper:
                 return done.value
             self._maybe_crash(effect)
             self.world.checker.effect(self, effect)
+            if type(effect) is PersistState and self.world.random.random() < self.world.profile.disk_failure:
+                self._fail_to_persist(effect)
             outcome = self.disk.perform(effect)
             self._maybe_crash(effect)
+
+    def _fail_to_persist(self, effect: PersistState) -> None:
+        self.world.stats.disk_failures += 1
+        if self.world.random.random() < 0.5:
+            self.disk.perform(effect)
+        self.world.trace("%s fails to persist its state", self)
+        raise DiskFailed(f"{self}: no space left on device")
 
     def _maybe_crash(self, effect: Effect) -> None:
         world = self.world

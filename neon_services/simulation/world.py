@@ -57,6 +57,7 @@ class Stats:
     deposed: int = 0
     broken: int = 0
     migrations: int = 0
+    disk_failures: int = 0
 
 
 @dataclass(slots=True)
@@ -78,6 +79,8 @@ class Profile:
     connect_failure: float
     #: How often the announcement of a leader gets stuck on its way.
     stalled_elected: float
+    #: How often replacing the state fails, leaving the old or the new one.
+    disk_failure: float
     crash_at_effect: dict[type[Any], float]
     #: Relative frequency of what breaks.
     weights: dict[str, float] = field(default_factory=dict)
@@ -109,6 +112,7 @@ class Profile:
             chunk=rng.choice((24, 96, 400)),
             connect_failure=rng.choice((0.0, 0.1, 0.5)),
             stalled_elected=rng.choice((0.0, 0.05, 0.3)),
+            disk_failure=rng.choice((0.0, 0.0, 0.02, 0.1)),
             crash_at_effect={effect: crash * CRASH_WEIGHT.get(effect, 4.0) for effect in EFFECTS},
             weights={
                 "crash": rng.choice((0.2, 1, 3)),
@@ -138,6 +142,7 @@ class Profile:
             chunk=rng.choice((16, 32)),
             connect_failure=rng.choice((0.0, 0.3)),
             stalled_elected=0.0,
+            disk_failure=0.0,
             crash_at_effect=dict.fromkeys(EFFECTS, 0.0),
             weights={
                 "isolate": 6,
@@ -371,7 +376,7 @@ class World:
         self.trace("all faults stop; committed up to %d", self.checker.committed_lsn)
         self._calm = True
         self._partitions.clear()
-        self.profile.connect_failure = self.profile.stalled_elected = 0.0
+        self.profile.connect_failure = self.profile.stalled_elected = self.profile.disk_failure = 0.0
         self.profile.delay_us = (100, 1000)
         self.profile.write_gap_us = 3000
         self.profile.crash_at_effect = dict.fromkeys(EFFECTS, 0.0)
