@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from neon_services.compute.activity import watch_activity
 from neon_services.compute.apply_spec import apply_spec
 from neon_services.compute.children import fence_orphan
 from neon_services.compute.datadir import DataDirectory, build_data_directory, old_trash, retire_directory
 from neon_services.compute.pageserver_client import fetch_basebackup, lease_lsn
 from neon_services.compute.postgres_conf import (
     SUPERUSER,
+    UNCHANGEABLE,
     PostgresSettings,
     make_pg_hba,
     make_pg_ident,
@@ -275,6 +277,7 @@ class ComputeNode:
         self.times.config_ms = _milliseconds_since(started)
         self.times.total_startup_ms = _milliseconds_since(self.times.started_s)
         self.status.change(Status.RUNNING)
+        self._spawn(watch_activity(self.status, settings.socket_directory, settings.port))
         notify_systemd("READY=1")
         log.info("running; start took %s", json.dumps(self.times.describe()))
 
@@ -339,7 +342,7 @@ class ComputeNode:
 
     async def _start_postgres(self) -> None:
         started = time.monotonic()
-        await self._postgres.start(self._environment())
+        await self._postgres.start(self._environment(), UNCHANGEABLE)
         await self._postgres.wait_ready()
         self.times.start_postgres_ms = _milliseconds_since(started)
 

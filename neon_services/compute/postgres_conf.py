@@ -14,6 +14,9 @@ from neon_services.ground.errors import ConfigError
 SUPERUSER = "cloud_admin"
 DEFAULT_PORT = 5432
 
+# what durability rests on also goes to the command line: there not even ALTER SYSTEM can change it
+UNCHANGEABLE = {"synchronous_standby_names": "walproposer", "restart_after_crash": "off"}
+
 # settings of Neon's patched server, which a stock one does not know: the library accepts them with its prefix
 PATCHED_SETTINGS = frozenset(
     {
@@ -142,9 +145,8 @@ def _forced(spec: ComputeSpec, library: Path, preload: list[str], port: int, soc
         "neon.branch_id": spec.branch_id or "",
         "neon.endpoint_id": spec.endpoint_id or "",
         # commits wait for the quorum of safekeepers; local files are disposable
-        "synchronous_standby_names": "walproposer",
         "fsync": "off",
-        "restart_after_crash": "off",
+        **UNCHANGEABLE,
     }
     return [f"{name} = {quote(value)}" for name, value in forced.items()]
 

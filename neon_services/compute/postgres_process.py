@@ -52,8 +52,8 @@ class PostgresProcess:
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._watcher: asyncio.Task[None] | None = None
 
-    async def start(self, environment: dict[str, str]) -> None:
-        """Start it on the directory; its log goes where ours goes."""
+    async def start(self, environment: dict[str, str], settings: dict[str, str]) -> None:
+        """Start it on the directory, with settings that nothing overrides; its log goes where ours goes."""
         dies = die_with_parent(os.getpid(), "QUIT")
 
         def prepare() -> None:
@@ -67,6 +67,7 @@ class PostgresProcess:
             self._binary,
             "-D",
             str(self._pgdata),
+            *(part for name, value in settings.items() for part in ("-c", f"{name}={value}")),
             stdin=asyncio.subprocess.DEVNULL,
             env=environment,
             start_new_session=True,

@@ -179,6 +179,29 @@ def test_start_roles_databases_and_terminate(ctl: ComputeCtl) -> None:
     assert ctl.everything_ended()
 
 
+def test_durability_settings_cannot_be_changed(ctl: ComputeCtl) -> None:
+    ctl.start()
+    for name in ("synchronous_standby_names", "restart_after_crash"):
+        before = ctl.query(f"show {name}")
+        ctl.query(f"alter system set {name} = {'on' if name == 'restart_after_crash' else repr('')}")
+        ctl.query("alter system set work_mem = '7MB'")
+        ctl.query("select pg_reload_conf()")
+        wait_until(lambda: ctl.query("show work_mem") == [("7MB",)], "the reload")
+        assert ctl.query(f"show {name}") == before
+        ctl.query("alter system reset all")
+
+
+def test_last_active(ctl: ComputeCtl) -> None:
+    ctl.start()
+    wait_until(lambda: ctl.query("select 1") and http("GET", f"{ctl.api}/status")["last_active"], "use to be noticed", 20)
+    with psycopg.connect(
+        host="127.0.0.1", port=ctl.port, user="cloud_admin", password="cloud_admin", dbname="postgres"
+    ) as session:
+        session.execute("select 1")  # idle in transaction is use
+        first = http("GET", f"{ctl.api}/status")["last_active"]
+        wait_until(lambda: http("GET", f"{ctl.api}/status")["last_active"] > first, "use to go on", 20)
+
+
 def test_configure(ctl: ComputeCtl) -> None:
     ctl.start()
     ctl.spec["cluster"]["settings"].append({"name": "work_mem", "value": "5MB", "vartype": "string"})
