@@ -9,6 +9,7 @@ import re
 import psycopg
 from psycopg import sql
 
+from neon_services.compute.apply_deltas import change_databases, delete_roles, rename_roles
 from neon_services.compute.postgres_conf import SUPERUSER
 from neon_services.compute.spec import ComputeSpec, Database, Option, Role
 from neon_services.ground.errors import ConfigError, NeonError
@@ -40,9 +41,16 @@ async def apply_spec(spec: ComputeSpec, privileged_role: str, socket_directory: 
         async with await connect(socket_directory, port) as session:
             await _privileged_role(session, privileged_role)
             await _drop_invalid_databases(session)
+            await rename_roles(session, spec.delta_operations)
             await _roles(session, spec.roles, privileged_role)
+            await change_databases(session, spec.delta_operations)
             await _databases(session, spec.databases, privileged_role)
             await _health_check_table(session)
+            if spec.delta_operations:
+                query = "SELECT datname FROM pg_database WHERE datallowconn"
+                names = [str(name) for (name,) in await (await session.execute(query)).fetchall()]
+                connections = {name: _connection(socket_directory, port, name) for name in names}
+                await delete_roles(session, spec.delta_operations, connections)
     except psycopg.Error as error:
         raise NeonError(f"applying the specification: {str(error).strip()}") from error
 

@@ -46,6 +46,15 @@ class Database:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaOperation:
+    """A rename or a deletion."""
+
+    action: str
+    name: str
+    new_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class PageserverAddress:
     """Where the page service listens, and the connection string that says so."""
 
@@ -71,6 +80,7 @@ class ComputeSpec:
     roles: tuple[Role, ...]
     databases: tuple[Database, ...]
     skip_pg_catalog_updates: bool
+    delta_operations: tuple[DeltaOperation, ...] = ()
 
     def setting(self, name: str) -> str | None:
         """The value of a setting of the specification; the last one counts."""
@@ -140,6 +150,9 @@ def parse_spec(spec: dict[str, Any]) -> ComputeSpec:
         roles=tuple(_role(item, i) for i, item in enumerate(_list(cluster, "roles", "spec.cluster.roles"))),
         databases=tuple(_database(item, i) for i, item in enumerate(_list(cluster, "databases", "spec.cluster.databases"))),
         skip_pg_catalog_updates=spec.get("skip_pg_catalog_updates") is True,
+        delta_operations=tuple(
+            _delta(item, i) for i, item in enumerate(_list(spec, "delta_operations", "spec.delta_operations"))
+        ),
     )
 
 
@@ -223,6 +236,16 @@ def _database(value: Any, index: int) -> Database:
     database = _object(value, where)
     options = _options(_list(database, "options", f"{where}.options"), f"{where}.options")
     return Database(_required(database, "name", str, where), _required(database, "owner", str, where), options)
+
+
+def _delta(value: Any, index: int) -> DeltaOperation:
+    where = f"spec.delta_operations[{index}]"
+    operation = _object(value, where)
+    action = _required(operation, "action", str, where)
+    if action not in ("delete_db", "rename_db", "delete_role", "rename_role"):
+        raise ConfigError(f"{where}.action: {action!r} is none of delete_db, rename_db, delete_role, rename_role")
+    new_name = _required(operation, "new_name", str, where) if action.startswith("rename") else None
+    return DeltaOperation(action, _required(operation, "name", str, where), new_name)
 
 
 def _options(items: list[Any], where: str) -> tuple[Option, ...]:

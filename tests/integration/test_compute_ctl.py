@@ -7,6 +7,7 @@ import pwd
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,6 +216,56 @@ def test_configure(ctl: ComputeCtl) -> None:
     with pytest.raises(urllib.error.HTTPError, match="field 'spec' is missing"):
         http("POST", f"{ctl.api}/configure", {})
     assert http("GET", f"{ctl.api}/status")["status"] == "running"
+
+
+def test_delta_operations(ctl: ComputeCtl) -> None:
+    cluster = ctl.spec["cluster"]
+    cluster["roles"] += [{"name": name, "encrypted_password": MD5_CLOUD_ADMIN} for name in ("ann", "bob")]
+    cluster["databases"] += [{"name": name, "owner": "ann"} for name in ("keep", "gone", "old")]
+    ctl.start()
+    ctl.query("create table bobs (i int)", database="keep")
+    ctl.query("alter table bobs owner to bob", database="keep")
+    del cluster["roles"][2], cluster["databases"][1:]
+    cluster["roles"][1]["name"] = "anna"
+    cluster["databases"] = [{"name": "keep", "owner": "anna"}, {"name": "new", "owner": "anna"}]
+    ctl.spec["delta_operations"] = [
+        {"action": "rename_role", "name": "ann", "new_name": "anna"},
+        {"action": "delete_db", "name": "gone"},
+        {"action": "rename_db", "name": "old", "new_name": "new"},
+        {"action": "delete_role", "name": "bob"},
+    ]
+    for _ in range(2):  # the second time there is nothing left to do
+        http("POST", f"{ctl.api}/configure", {"spec": ctl.spec})
+        names = "select array_agg(datname::text order by 1) from pg_database where datname in ('keep', 'gone', 'old', 'new')"
+        assert ctl.query(names) == [(["keep", "new"],)]
+        assert ctl.query("select array_agg(rolname::text) from pg_roles where rolname in ('ann', 'anna', 'bob')") == [
+            (["anna"],)
+        ]
+        assert ctl.query("select tableowner from pg_tables where tablename = 'bobs'", database="keep") == [("anna",)]
+
+
+def test_configure_follows_a_moved_pageserver(ctl: ComputeCtl, ground: Ground) -> None:
+    """A session that waits for a page goes on when compute_ctl is told where the pageserver is now."""
+    base, source, server = ground
+    ctl.start()
+    other = SourceServer(source, base / "server2")
+    other.start()
+    try:
+        with psycopg.connect(
+            host="127.0.0.1", port=ctl.port, user="cloud_admin", password="cloud_admin", dbname="postgres", autocommit=True
+        ) as session:
+            session.execute("select count(*) from small")
+            server.stop()
+            answers: list[Any] = []
+            reader = threading.Thread(target=lambda: answers.append(session.execute("select count(*) from big").fetchone()))
+            reader.start()
+            ctl.spec["pageserver_connstring"] = other.connstring
+            ctl.spec["skip_pg_catalog_updates"] = True
+            http("POST", f"{ctl.api}/configure", {"spec": ctl.spec})
+            reader.join(30)
+            assert answers == [(20000,)]
+    finally:
+        other.stop()
 
 
 def test_sigterm_is_a_fast_shutdown(ctl: ComputeCtl) -> None:
