@@ -42,10 +42,7 @@ async def import_data_directory(timeline: Timeline, data: Path, lsn: int, contro
             break
         timeline.ingest(batch, lsn, 0)
         await timeline.ingest_backpressure()
-    relations = Relations.of(timeline)
-    for tag, blocks in importer.sizes.items():
-        relations.set_tip_size(tag, lsn, blocks)
-    relations.logical_size = PAGE_SIZE * sum(importer.sizes.values())
+    Relations.of(timeline).set_all(importer.sizes, lsn)
 
 
 class _Importer:

@@ -51,6 +51,8 @@ class Relations:
         #: Bytes of all relations at the tip; None until ``compute_logical_size`` ran. Ingest keeps it up to date.
         self.logical_size: int | None = None
         self._growth_while_counting = 0
+        self._newest_lsn = 0  # of the entries of _tip
+        self._complete = False  # _tip has every fork that exists
 
     @classmethod
     def of(cls, timeline: Timeline) -> "Relations":
@@ -95,11 +97,19 @@ class Relations:
         if at_tip:
             # ingest may have put a newer entry while we were reading
             self._tip.setdefault(tag, (lsn, size))
+            self._newest_lsn = max(self._newest_lsn, lsn)
         else:
             self._old[tag, lsn] = size
             if len(self._old) > OLD_SIZES_MAX:
                 self._old.popitem(last=False)
         return size
+
+    def set_all(self, sizes: dict[RelTag, int], lsn: int) -> None:
+        """Import: these are all forks that exist, from ``lsn`` on."""
+        self._tip = {tag: (lsn, size) for tag, size in sizes.items()}
+        self._newest_lsn = lsn
+        self._complete = True
+        self.logical_size = PAGE_SIZE * sum(sizes.values())
 
     def set_tip_size(self, tag: RelTag, lsn: int, size: int | None) -> None:
         """Ingest: the fork has this size from ``lsn`` on (None: it is gone)."""
@@ -110,6 +120,7 @@ class Relations:
         else:
             self._growth_while_counting += change
         self._tip[tag] = (lsn, size)
+        self._newest_lsn = max(self._newest_lsn, lsn)
 
     # -- directories
 
@@ -124,6 +135,12 @@ class Relations:
 
     async def relation_sizes(self, lsn: int, spc: int | None = None, db: int | None = None) -> dict[RelTag, int]:
         """The forks that exist in a database (or everywhere) with their sizes in blocks."""
+        if self._complete and lsn >= self._newest_lsn:
+            return {
+                tag: entry[1]
+                for tag, entry in self._tip.items()
+                if entry[1] is not None and (spc is None or tag.spc == spc) and (db is None or tag.db == db)
+            }
         tags = await self.list_relations(lsn, spc, db)
         return {tag: size for tag, size in zip(tags, await self.sizes(tags, lsn), strict=True) if size is not None}
 
@@ -132,12 +149,19 @@ class Relations:
         return PAGE_SIZE * sum((await self.relation_sizes(lsn, spc, db)).values())
 
     async def compute_logical_size(self) -> int:
-        """The bytes of all relations at the tip; from the first call on kept up to date by ingest."""
-        if self.logical_size is None:
-            before = self._growth_while_counting
-            total = PAGE_SIZE * sum((await self.relation_sizes(self._timeline.last_record_lsn)).values())
+        """The bytes of all relations at the tip; from the first call on kept up to date by ingest.
+
+        From then on, too, all sizes at the tip are in memory, and listing them (a basebackup at the tip) reads nothing.
+        """
+        if self.logical_size is None or not self._complete:
+            before, lsn = self._growth_while_counting, self._timeline.last_record_lsn
+            sizes = await self.relation_sizes(lsn)
+            for tag, size in sizes.items():
+                self._tip.setdefault(tag, (lsn, size))  # what ingest has not touched is still so
+            self._newest_lsn = max(self._newest_lsn, lsn)
+            self._complete = True
             if self.logical_size is None:  # unless somebody else has counted meanwhile
-                self.logical_size = total + self._growth_while_counting - before
+                self.logical_size = PAGE_SIZE * sum(sizes.values()) + self._growth_while_counting - before
         return self.logical_size
 
 
