@@ -29,7 +29,8 @@ entry_with_files(SMgrRelation reln, ForkNumber fork)
 {
 	NeonMapEntry *entry = neon_map_lookup(&NeonRelFileOf(reln), fork);
 
-	neon_entry_ensure_files(entry, false);
+	if (entry != NULL && unlikely(__atomic_load_n(&entry->state, __ATOMIC_ACQUIRE) == NEON_ENTRY_NO_FILE))
+		neon_entry_ensure_files(entry, false);
 	return entry;
 }
 
