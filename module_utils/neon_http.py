@@ -43,10 +43,13 @@ class Api:
         except ValueError as error:
             raise ApiError(f"{method} {self.endpoint}{path}: the answer is no JSON: {content[:200]!r}") from error
 
-    def find(self, path: str) -> Any:
-        """The object at a path, or None when there is none (404). Raises ApiError for anything else."""
+    def find(self, path: str, *, patience_s: float = 60) -> Any:
+        """The object at a path, or None when there is none (404). Raises ApiError for anything else.
+
+        Waits for a service that is starting or busy: what it has is not known yet.
+        """
         try:
-            return self.call("GET", path)
+            return self.call_patiently("GET", path, patience_s=patience_s)
         except ApiError as error:
             if error.status == 404:
                 return None
