@@ -87,6 +87,6 @@ def test_nobody_there_and_no_json(http: ModuleType, service: Service) -> None:
     service.answers = [(200, b"<html>")]
     with pytest.raises(http.ApiError, match="no JSON"):
         http.Api(service.url).call("GET", "/")
-    with pytest.raises(http.ApiError, match="127.0.0.1:1") as raised:
+    with pytest.raises(http.ApiError, match=r"127\.0\.0\.1:1") as raised:
         http.Api("http://127.0.0.1:1", timeout_s=2).call("GET", "/")
     assert raised.value.status is None
