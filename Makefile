@@ -37,6 +37,9 @@ lint: venv ## Check style, types and playbooks
 	mypy
 
 test: packages ## Install what the tests need and run them all
+	@setpriv --reuid nobody --regid nogroup --clear-groups test -r $(CURDIR)/Makefile || { \
+	  echo "error: $(CURDIR) is in a directory that other users may not enter, and tests run Postgres as the user postgres:" \
+	    "clone the repository elsewhere, for example below /srv" >&2; exit 2; }
 	@$(MAKE) --no-print-directory venv
 	@$(MAKE) --no-print-directory ext
 	@$(MAKE) --no-print-directory lint
