@@ -1,9 +1,11 @@
 """Child processes that do not outlive compute_ctl, and what a killed compute_ctl has left behind."""
 
 import ctypes
+import hashlib
 import logging
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from neon_services.ground.errors import NeonError
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+_IPC_RMID = 0
 _libc = ctypes.CDLL(None, use_errno=True)
 ORPHAN_GRACE_S = 5.0
 
@@ -57,6 +60,40 @@ def _remove_socket_lock(pgdata: Path) -> None:
         return
 
 
+def _remove_shared_memory(pgdata: Path) -> None:
+    """Remove the System V segment of a killed postmaster.
+
+    Postgres does so when it starts again in the same directory; ours is a new one each time.
+    """
+    try:
+        lines = (pgdata / "postmaster.pid").read_text().split("\n")
+        pid, (key, segment) = int(lines[0]), (int(word) for word in lines[6].split())
+        rows = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    except (OSError, ValueError, IndexError):
+        return
+    for row in rows:  # key shmid perms size cpid lpid nattch ...
+        if (int(row[0]) & 0xFFFF_FFFF, int(row[1]), int(row[4]), int(row[6])) == (key & 0xFFFF_FFFF, segment, pid, 0):
+            _libc.shmctl(segment, _IPC_RMID, None)
+
+
+def place_dynamic_shared_memory(pgdata: Path) -> Path | None:
+    """Let ``pg_dynshmem`` lead to a directory in memory that is the same at each start, so that Postgres itself removes
+    what a killed one has left. None when there is no such place: then it stays in the data directory.
+    """
+    place = Path("/dev/shm") / f"neon.{hashlib.sha256(str(pgdata).encode()).hexdigest()[:24]}"
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        status = place.lstat()
+    except OSError:
+        return None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        log.warning("%s is not ours: dynamic shared memory stays in the data directory", place)
+        return None
+    (pgdata / "pg_dynshmem").rmdir()
+    (pgdata / "pg_dynshmem").symlink_to(place)
+    return place
+
+
 def fence_orphan(pgdata: Path) -> int | None:
     """Stop a postmaster that a killed compute_ctl has left, so that the port is free and nothing writes any more.
 
@@ -67,6 +104,7 @@ def fence_orphan(pgdata: Path) -> int | None:
         log.warning("stopping the Postgres (pid %d) that an earlier run has left in %s", pid, pgdata)
         _end(pid, pgdata)
     _remove_socket_lock(pgdata)
+    _remove_shared_memory(pgdata)
     return pid
 
 

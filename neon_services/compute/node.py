@@ -19,7 +19,7 @@ from typing import Any
 
 from neon_services.compute.activity import watch_activity
 from neon_services.compute.apply_spec import apply_spec
-from neon_services.compute.children import fence_orphan
+from neon_services.compute.children import fence_orphan, place_dynamic_shared_memory
 from neon_services.compute.datadir import DataDirectory, build_data_directory, old_trash, retire_directory
 from neon_services.compute.pageserver_client import fetch_basebackup, lease_lsn
 from neon_services.compute.postgres_conf import (
@@ -322,6 +322,7 @@ class ComputeNode:
         self.settings = self._make_settings(self.spec)
         self._write_file("postgresql.conf", self.settings.text)
         self._write_file("pg_hba.conf", make_pg_hba())
+        place_dynamic_shared_memory(self.options.pgdata)
         self._write_file("pg_ident.conf", make_pg_ident(pwd.getpwuid(os.geteuid()).pw_name))
         return self.settings
 

@@ -41,6 +41,7 @@ _OURS = frozenset(
         "synchronous_standby_names",
         "fsync",
         "restart_after_crash",
+        "dynamic_shared_memory_type",
         "data_directory",
         "hot_standby",
         "recovery_target_lsn",
@@ -146,6 +147,7 @@ def _forced(spec: ComputeSpec, library: Path, preload: list[str], port: int, soc
         "neon.endpoint_id": spec.endpoint_id or "",
         # commits wait for the quorum of safekeepers; local files are disposable
         "fsync": "off",
+        "dynamic_shared_memory_type": "mmap",  # in pg_dynshmem, a directory in memory
         **UNCHANGEABLE,
     }
     return [f"{name} = {quote(value)}" for name, value in forced.items()]

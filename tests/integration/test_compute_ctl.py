@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,8 @@ class ComputeCtl:
         with contextlib.suppress(OSError, ValueError):
             os.kill(self.postmaster_pid, signal.SIGQUIT)
         wait_until(self.everything_ended, "all processes to end", 20)
+        with contextlib.suppress(OSError):
+            shutil.rmtree((self.pgdata / "pg_dynshmem").readlink())
 
 
 @pytest.fixture
@@ -312,6 +315,29 @@ def test_kill_of_compute_ctl_leaves_nothing_and_the_next_start_works(ctl: Comput
     wait_until(ctl.everything_ended, "the children to end with their parent", 20)
     ctl.start()
     assert ctl.query("select count(*) from small") == [(1000,)]
+
+
+def test_kill_of_everything_leaves_no_shared_memory(ctl: ComputeCtl) -> None:
+    """A data directory is new at each start, so Postgres does not find what a killed one has left."""
+    ctl.start()
+    assert ctl.query("show dynamic_shared_memory_type") == [("mmap",)]
+    place = (ctl.pgdata / "pg_dynshmem").readlink()
+    assert place.parent == Path("/dev/shm")
+    left = set(place.iterdir())
+    segment = (ctl.pgdata / "postmaster.pid").read_text().split("\n")[6].split()[1]
+    assert left and segment in _system_v_segments()
+    assert ctl.process.popen is not None
+    for pid in (ctl.process.popen.pid, ctl.postmaster_pid):
+        os.kill(pid, signal.SIGKILL)
+    ctl.process.popen.wait(10)
+    wait_until(ctl.everything_ended, "all processes to end", 20)
+    ctl.start()
+    assert not left & set(place.iterdir())
+    assert segment not in _system_v_segments()
+
+
+def _system_v_segments() -> set[str]:
+    return {line.split()[1] for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]}
 
 
 def test_an_orphan_postgres_is_fenced(ctl: ComputeCtl) -> None:
