@@ -198,6 +198,7 @@ def build_compute(base: Path, name: str, source: Database, server: SourceServer,
         "listen_addresses": "",
         "fsync": "off",
         "restart_after_crash": "off",
+        "dynamic_shared_memory_type": "mmap",  # goes with the directory when a test kills the server
         "shared_preload_libraries": str(LIBRARIES / f"pg{compute.major}" / "neon.so"),
         "neon.tenant_id": TENANT,
         "neon.timeline_id": TIMELINE,
