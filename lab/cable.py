@@ -66,11 +66,13 @@ def set_delay(network: LabNetwork, address: Address, pid_file: Path, millisecond
     pid_file.unlink(missing_ok=True)
     if not milliseconds:
         return
-    child = subprocess.Popen(
-        ["nsenter", f"--net=/run/netns/{network.namespace}", sys.executable, Path(__file__).parent, "cable",
-         left, right, str(milliseconds)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    # Its complaints go to a file: it outlives us and must not hold our caller's stderr open.
+    with pid_file.with_suffix(".log").open("wb") as complaints:
+        child = subprocess.Popen(
+            ["nsenter", f"--net=/run/netns/{network.namespace}", sys.executable, Path(__file__).parent, "cable",
+             left, right, str(milliseconds)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, start_new_session=True,
+        )  # fmt: skip
     remember(pid_file, child.pid)
     assert child.stdout is not None
     if child.stdout.readline() != b"ready\n":
