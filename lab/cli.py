@@ -67,7 +67,10 @@ def _connect(lab: Lab, args: argparse.Namespace) -> None:
 
 def _run(lab: Lab, args: argparse.Namespace) -> None:
     enter(lab.network.namespace)
-    os.execvp(args.command[0], args.command)
+    try:
+        os.execvp(args.command[0], args.command)
+    except OSError as error:
+        raise LabError(f"cannot run {args.command[0]}: {error.strerror}") from error
 
 
 def _exec(lab: Lab, args: argparse.Namespace) -> None:
