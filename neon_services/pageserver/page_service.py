@@ -1,7 +1,7 @@
 """The page service: what computes speak to a pageserver, over the Postgres wire protocol.
 
 Commands: ``pagestream_v2|v3 TENANT TIMELINE``, ``basebackup TENANT TIMELINE [LSN] [--gzip] [--replica] [--skeleton]``,
-``fullbackup TENANT TIMELINE [LSN] [PREV_LSN]``, ``set ...``. A connection is bound to the first tenant that it names.
+``fullbackup TENANT TIMELINE [LSN] [PREV_LSN]``, ``lease lsn TENANT TIMELINE LSN``, ``set ...``. A connection is bound to the first tenant that it names.
 
 Invariant: responses of a pagestream are in the order of its requests. While a batch is being answered the next requests pile up
 and become the next batch, so batches are as large as the client's pipelining and there are no timers.
@@ -9,6 +9,7 @@ and become the next batch, so batches are as large as the client's pipelining an
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -23,7 +24,7 @@ from neon_services.pageserver.page_requests import PageRequests
 from neon_services.pageserver.timeline import DEFAULT_WAIT_LSN_TIMEOUT_S, Timeline
 from neon_services.protocols import pagestream
 from neon_services.protocols.pgserver import EndConnection, PgServer, ServerConnection
-from neon_services.protocols.pgwire import COPY_DONE, ServerError, StartupMessage, copy_data_header
+from neon_services.protocols.pgwire import COPY_DONE, TEXT_OID, ServerError, StartupMessage, copy_data_header
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ class _Session:
             await self._basebackup(connection, words[1:], sql)
         elif verb == "fullbackup":
             await self._fullbackup(connection, words[1:], sql)
+        elif verb == "lease":
+            await self._lease(connection, words[1:], sql)
         elif verb == "set":
             connection.send_command_complete("SELECT 1")
         else:
@@ -125,6 +128,19 @@ class _Session:
         timeline = await self._timeline(plain[:2], sql)
         options = BasebackupOptions(gzip="--gzip" in flags, replica="--replica" in flags, skeleton="--skeleton" in flags)
         await self._send_basebackup(connection, timeline, _lsn(plain[2:3]), options)
+
+    async def _lease(self, connection: ServerConnection, words: list[str], sql: str) -> None:
+        lsn = _lsn(words[3:4])
+        if len(words) != 4 or words[0].lower() != "lsn" or lsn is None:
+            raise ServerError("XX000", f"expected lease lsn TENANT TIMELINE LSN: {sql[:200]!r}")
+        timeline = await self._timeline(words[1:3], sql)
+        valid_until_ms = timeline.leases.grant(
+            lsn,
+            cutoff_lsn=timeline.latest_gc_cutoff_lsn,
+            now_ms=time.time_ns() // 1_000_000,
+            length_ms=int(timeline.conf.seconds("lsn_lease_length") * 1000),
+        )
+        connection.send_rows([("valid_until", TEXT_OID)], [[None if valid_until_ms is None else str(valid_until_ms)]])
 
     async def _fullbackup(self, connection: ServerConnection, words: list[str], sql: str) -> None:
         timeline = await self._timeline(words[:2], sql)

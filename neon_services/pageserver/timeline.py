@@ -27,6 +27,7 @@ from neon_services.pageserver.layers.in_memory import InMemoryLayer
 from neon_services.pageserver.layers.layer import Layer, LayerEnvironment, run_to_end
 from neon_services.pageserver.layers.layer_map import LayerMap, LayerView
 from neon_services.pageserver.layers.names import LayerName
+from neon_services.pageserver.leases import LsnLeases
 from neon_services.pageserver.location_config import TenantConf
 from neon_services.pageserver.lsn_waiters import LsnTimeout, LsnWaiters
 from neon_services.pageserver.operations import STORAGE_OPERATIONS
@@ -90,6 +91,7 @@ class Timeline:
         self.index_extra: dict[str, Any] = {}
         self.resources = resources
         self.layer_map = LayerMap()
+        self.leases = LsnLeases()
         self.uploads: UploadQueue | None = None
         self._last_record = LsnWaiters(disk_consistent_lsn)
         self._disk_consistent = LsnWaiters(disk_consistent_lsn)

@@ -189,6 +189,18 @@ async def fetch(service: PageService, options: str) -> dict[str, bytes]:
         return {m.name: (f.read() if (f := archive.extractfile(m)) else b"") for m in archive.getmembers()}
 
 
+async def test_a_lease_is_granted_above_the_cutoff_only(client: pgclient.PgClient, timeline: Timeline) -> None:
+    command = f"lease lsn {timeline.tenant_id} {timeline.timeline_id}"
+    ((first,),) = await client.query(f"{command} {format_lsn(timeline.last_record_lsn)}")
+    ((second,),) = await client.query(f"{command} {format_lsn(timeline.last_record_lsn)}")
+    assert first is not None and second is not None and int(first) <= int(second)
+    assert timeline.leases.held(int(second) - 1) == [timeline.last_record_lsn]
+    assert timeline.leases.held(int(second)) == []
+    assert await client.query(f"{command} {format_lsn(timeline.latest_gc_cutoff_lsn - 8)}") == [[None]]
+    with pytest.raises(pgwire.ServerError, match="expected lease lsn"):
+        await client.query(f"{command}")
+
+
 async def test_basebackup(service: PageService, timeline: Timeline) -> None:
     lsn = timeline.last_record_lsn
     members = await fetch(service, f"{format_lsn(lsn)} --gzip")
