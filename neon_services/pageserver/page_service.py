@@ -1,7 +1,8 @@
 """The page service: what computes speak to a pageserver, over the Postgres wire protocol.
 
 Commands: ``pagestream_v2|v3 TENANT TIMELINE``, ``basebackup TENANT TIMELINE [LSN] [--gzip] [--replica] [--skeleton]``,
-``fullbackup TENANT TIMELINE [LSN] [PREV_LSN]``, ``lease lsn TENANT TIMELINE LSN``, ``set ...``. A connection is bound to the first tenant that it names.
+``fullbackup TENANT TIMELINE [LSN] [PREV_LSN]``, ``lease lsn TENANT TIMELINE LSN``, ``set ...``. A connection is bound to the
+first tenant that it names.
 
 Invariant: responses of a pagestream are in the order of its requests. While a batch is being answered the next requests pile up
 and become the next batch, so batches are as large as the client's pipelining and there are no timers.

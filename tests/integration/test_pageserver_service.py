@@ -190,7 +190,7 @@ async def fetch(service: PageService, options: str) -> dict[str, bytes]:
 
 
 async def test_a_lease_is_granted_above_the_cutoff_only(client: pgclient.PgClient, timeline: Timeline) -> None:
-    command = f"lease lsn {timeline.tenant_id} {timeline.timeline_id}"
+    command = f"lease lsn {IDS}"
     ((first,),) = await client.query(f"{command} {format_lsn(timeline.last_record_lsn)}")
     ((second,),) = await client.query(f"{command} {format_lsn(timeline.last_record_lsn)}")
     assert first is not None and second is not None and int(first) <= int(second)
