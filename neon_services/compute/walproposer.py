@@ -135,7 +135,9 @@ class WalProposer:
                     await self._postgres_done.wait()
                 await self._until(self._settled)
                 for link in self.links:
-                    link.heartbeat()  # the next start finds all safekeepers with the same commit_lsn
+                    # the next start finds all healthy ones, the lazy too, with the same WAL and commit_lsn
+                    self.pump(link.slot, now=True)
+                    link.heartbeat()
                 await self._until(lambda: not any(link.awaiting for link in self.links))
         except TimeoutError:
             received = format_lsn(self.ring.end if self.ring else 0)

@@ -161,6 +161,9 @@ async def test_kills_of_safekeepers_lose_nothing(world: World) -> None:
     await asyncio.to_thread(wait_until, lambda: acknowledged > before + 50, "commits again", 30)
     done = True
     await running
+    # a stop waits for the quorum only, so those who were away must have caught up before
+    level = lambda: len({world.flush_lsn(s) for s in world.safekeepers}) == 1  # noqa: E731
+    await asyncio.to_thread(wait_until, level, "those who were away to catch up", 60)
     proposer.command(command="stop", timeout_s=20)
     assert await asyncio.to_thread(world.postgres.process.stop, 30) == 0
     end = parse_lsn((await proposer.event("stopped"))["lsn"])
