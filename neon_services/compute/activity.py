@@ -1,7 +1,8 @@
 """When the compute was last used: what scale-to-zero decides by.
 
-Counted as use: client sessions that run something (then it is now) or did so last, replication other than walproposer's,
-enabled logical subscriptions' workers, autovacuum. Our own session is not.
+Counted as use: client sessions that run something (then it is now) or did so last, sessions opened since the last look however
+short they were, replication other than walproposer's, enabled logical subscriptions' workers, autovacuum. Our own session is
+not.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ SELECT max(CASE
     WHEN backend_type = 'client backend' AND state IS NOT NULL THEN now()
     WHEN backend_type = 'walsender' AND application_name <> 'walproposer' THEN now()
     WHEN backend_type IN ('autovacuum worker', 'logical replication worker', 'logical replication apply worker') THEN now()
-  END)
+  END), now(), (SELECT sum(sessions)::bigint FROM pg_stat_database)
 FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND application_name <> 'compute_ctl'
 """
 
@@ -32,10 +33,17 @@ async def watch_activity(status: ComputeStatus, socket_directory: str, port: int
     while True:
         try:
             async with await connect(socket_directory, port) as session:
+                # connect() ran statements, so this session is counted by the first look
+                sessions: object = None
                 while True:
                     row = await (await session.execute(_QUERY)).fetchone()
-                    if row and isinstance(row[0], datetime):
-                        used = row[0].astimezone(UTC)
+                    assert row is not None
+                    used, now, counted = row
+                    if sessions is not None and counted != sessions:
+                        used = now  # a session that came and went between two looks
+                    sessions = counted
+                    if isinstance(used, datetime):
+                        used = used.astimezone(UTC)
                         status.last_active = max(used, status.last_active or used)
                     await asyncio.sleep(POLL_S)
         except psycopg.Error as error:
