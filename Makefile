@@ -35,6 +35,7 @@ lint: venv ## Check style, types and playbooks
 	ruff check neon_services tests lab library module_utils
 	ruff format --check neon_services tests lab library module_utils
 	mypy
+	ansible-lint --offline --strict
 
 test: packages ## Install what the tests need and run them all
 	@setpriv --reuid nobody --regid nogroup --clear-groups test -r $(CURDIR)/Makefile || { \

@@ -33,6 +33,6 @@ destroy: ## Remove the cluster and its hosts; images and built artifacts stay in
 purge: destroy ## The same, and remove images and artifacts too
 	@rm -rf .cache/lab .cache/artifacts
 
-MOLECULE_SCENARIOS ?= postgres storage_broker object_store safekeeper firewall cluster
+MOLECULE_SCENARIOS ?= postgres storage_broker object_store safekeeper firewall single_node cluster
 molecule: lab-check venv ## Test every role and the cluster's stories on hosts of the lab
 	@for scenario in $(MOLECULE_SCENARIOS); do echo "== molecule $$scenario"; molecule test -s $$scenario || exit 1; done
