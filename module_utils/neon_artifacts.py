@@ -110,12 +110,17 @@ def pip_platform(target: Target) -> list[str]:
 
 
 def pip_install(requirements: str, into: Path, target: Target) -> None:
-    """Install hashed requirements for the target below ``into``."""
+    """Install hashed requirements for the target below ``into``.
+
+    The lock file was resolved for every supported Python, and its markers were evaluated for the target's. pip 23.0, which is
+    Debian 12's, would compare each wheel's Requires-Python with the Python that runs pip, whatever --python-version says.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(requirements)
         file.flush()
         run(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile",
-            "--require-hashes", *pip_platform(target), f"--target={into}", "-r", file.name)  # fmt: skip
+            "--require-hashes", "--ignore-requires-python", *pip_platform(target),
+            f"--target={into}", "-r", file.name)  # fmt: skip
 
 
 def compile_bytecode(tree: Path, final: str, target: Target) -> bool:
