@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= /usr/bin/python3
 VENV := .venv
+# How long real safekeepers are tortured in the test run.
+TORTURE_SECONDS ?= 600
 PG_MAJORS ?= $(notdir $(wildcard /usr/lib/postgresql/*))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export NEON_LIB_DIR := $(CURDIR)/build/lib
@@ -44,7 +46,7 @@ test: packages ## Install what the tests need and run them all
 	@$(MAKE) --no-print-directory venv
 	@$(MAKE) --no-print-directory ext
 	@$(MAKE) --no-print-directory lint
-	pytest -q --durations=15 tests
+	NEON_TORTURE_SECONDS=$(TORTURE_SECONDS) pytest -q --durations=15 tests
 	@$(MAKE) --no-print-directory molecule
 
 bench: venv ext ## Print the performance table as ratios (takes minutes; needs a quiet machine)

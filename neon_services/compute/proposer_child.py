@@ -17,6 +17,7 @@ from neon_services.compute.children import die_with_parent
 from neon_services.compute.spec import ComputeSpec
 from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
+from neon_services.ground.units import parse_duration_ms
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +28,23 @@ class ProposerFailed(NeonError):
     """The walproposer cannot go on; the text says why."""
 
 
+# Neon's settings of the walproposer, which there is a part of Postgres: milliseconds, or a number with a unit
+_TIMEOUTS = {
+    "neon.safekeeper_connect_timeout": "connect_timeout_ms",
+    "neon.safekeeper_reconnect_timeout": "reconnect_timeout_ms",
+}
+
+
 def config_of(spec: ComputeSpec, pg_version: int) -> dict[str, Any]:
-    """The walproposer's configuration."""
+    """The walproposer's configuration. Raises ConfigError for a setting that is no duration."""
+    timeouts: dict[str, int] = {}
+    for setting, key in _TIMEOUTS.items():
+        value = spec.setting(setting)
+        if value is not None:
+            what = f"spec.cluster.settings: {setting}"
+            timeouts[key] = int(value) if value.isdecimal() else parse_duration_ms(value, what=what)
     return {
+        **timeouts,
         "tenant_id": str(spec.ttid.tenant_id),
         "timeline_id": str(spec.ttid.timeline_id),
         "safekeepers": list(spec.safekeepers),

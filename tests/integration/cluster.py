@@ -390,8 +390,15 @@ class Cluster:
                 },
             )
 
-    def make_compute(self, name: str = "compute1", timeline: TimelineId | None = None, **settings: str) -> Compute:
-        """A compute of a timeline, not started."""
+    def make_compute(
+        self,
+        name: str = "compute1",
+        timeline: TimelineId | None = None,
+        *,
+        safekeeper_ports: list[int] | None = None,
+        **settings: str,
+    ) -> Compute:
+        """A compute of a timeline, not started. ``safekeeper_ports``: where it reaches them, when not at their own ports."""
         port, http_port = free_port(), free_port()
         timeline = timeline or self.timeline
         directory = self.base / name
@@ -400,6 +407,7 @@ class Cluster:
         argv += ["-C", f"postgresql://cloud_admin@localhost:{port}/postgres", "-b", self.binary("postgres")]
         argv += ["--external-http-port", str(http_port), "--internal-http-port", str(free_port())]
         compute = Compute(name, self, timeline, port, http_port, Process(name, argv, directory))
+        ports = safekeeper_ports or [safekeeper.pg_port for safekeeper in self.safekeepers]
         guc = {"port": str(port), "listen_addresses": "127.0.0.1", "unix_socket_directories": str(directory), **settings}
         spec = {
             "format_version": 1.0,
@@ -409,7 +417,7 @@ class Cluster:
             "timeline_id": str(timeline),
             "mode": "Primary",
             "pageserver_connstring": f"postgresql://no_user@127.0.0.1:{self.ps_pg_port}",
-            "safekeeper_connstrings": [f"127.0.0.1:{s.pg_port}" for s in self.safekeepers],
+            "safekeeper_connstrings": [f"127.0.0.1:{port}" for port in ports],
             "safekeepers_generation": 1,
             "skip_pg_catalog_updates": False,
             "cluster": {
@@ -431,6 +439,19 @@ class Cluster:
         """flush_lsn of every running safekeeper."""
         running = [s for s in self.safekeepers if s.process.running]
         return [parse_lsn(s.status(self.tenant, timeline or self.timeline)["flush_lsn"]) for s in running]
+
+    def wait_same_wal(self, timeout: float = 90.0) -> str:
+        """Wait until all safekeepers have flushed to the same LSN, compare their WAL byte for byte; that LSN."""
+
+        def aligned() -> str | None:
+            seen = {member.status(self.tenant, self.timeline)["flush_lsn"] for member in self.safekeepers}
+            return seen.pop() if len(seen) == 1 else None
+
+        end = wait_until(aligned, "all safekeepers to reach the same flush_lsn", timeout)
+        start = self.safekeepers[0].status(self.tenant, self.timeline)["timeline_start_lsn"]
+        digests = {member.digest(self.tenant, self.timeline, start, end) for member in self.safekeepers}
+        assert len(digests) == 1, f"WAL differs between safekeepers in {start}..{end}"
+        return end
 
     def close(self) -> None:
         """End every process that this cluster started."""

@@ -13,7 +13,7 @@ import pytest
 
 from neon_services.ground.ids import TimelineId
 from neon_services.ground.lsn import parse_lsn
-from tests.integration.cluster import Cluster, Compute, Safekeeper, http, running_cluster, wait_until
+from tests.integration.cluster import Cluster, Compute, http, running_cluster, wait_until
 from tests.integration.workload import AcknowledgedWriter, check_pgbench_invariants
 
 pytestmark = [pytest.mark.cluster, pytest.mark.postgres]
@@ -71,19 +71,6 @@ def amcheck(compute: Compute) -> None:
     assert done.returncode == 0 and not done.stdout.strip(), f"pg_amcheck: {done.stdout}\n{done.stderr}"
 
 
-def wait_same_wal(cluster: Cluster, members: list[Safekeeper]) -> None:
-    """Wait until the members have flushed to the same LSN, then compare their WAL byte for byte."""
-
-    def aligned() -> str | None:
-        seen = {m.status(cluster.tenant, cluster.timeline)["flush_lsn"] for m in members}
-        return seen.pop() if len(seen) == 1 else None
-
-    end = wait_until(aligned, "all safekeepers to reach the same flush_lsn", 90)
-    start = members[0].status(cluster.tenant, cluster.timeline)["timeline_start_lsn"]
-    digests = {m.digest(cluster.tenant, cluster.timeline, start, end) for m in members}
-    assert len(digests) == 1, f"WAL differs between safekeepers in {start}..{end}"
-
-
 def test_every_acknowledged_transaction_survives_the_loss_of_the_compute(cluster: Cluster) -> None:
     compute = cluster.make_compute()
     compute.start()
@@ -114,7 +101,7 @@ def test_commits_go_on_without_one_safekeeper_and_wait_without_two(cluster: Clus
     writer.prepare()
     writer.start()
     load = Load(compute, seconds=20, clients=4)
-    first, second, third = cluster.safekeepers
+    first, second, _ = cluster.safekeepers
     wait_until(lambda: len(writer.acknowledged) > 20, "the writer to have written", 30)
     first.process.kill()
     seen = len(writer.acknowledged)
@@ -138,7 +125,7 @@ def test_commits_go_on_without_one_safekeeper_and_wait_without_two(cluster: Clus
     assert writer.errors == []
     assert writer.lost() == []
     check_pgbench_invariants(compute)
-    wait_same_wal(cluster, [first, second, third])
+    cluster.wait_same_wal()
 
 
 def test_pageserver_killed_and_its_disk_lost(cluster: Cluster) -> None:

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from neon_services.compute.postgres_conf import PostgresSettings, make_postgres_settings
+from neon_services.compute.proposer_child import config_of
 from neon_services.compute.spec import ComputeSpec, parse_config, parse_spec, read_config
 from neon_services.compute.status import ComputeStatus, Status, WrongStatus
 from neon_services.compute.tokens import TokenError, TokenVerifier
@@ -205,3 +206,14 @@ def test_tokens() -> None:
 def test_config_with_keys() -> None:
     config = parse_config({"spec": make_spec(), "compute_ctl_config": {"jwks": {"keys": [Signer().jwk]}}})
     assert len(config.jwks) == 1
+
+
+def test_timeouts_of_the_walproposer() -> None:
+    plain = config_of(parse_spec(make_spec()), 150000)
+    assert "connect_timeout_ms" not in plain and "reconnect_timeout_ms" not in plain
+    settings = {"neon.safekeeper_connect_timeout": "2500", "neon.safekeeper_reconnect_timeout": "2s"}
+    config = config_of(parse_spec(make_spec(cluster=settings_of(settings))), 150000)
+    assert (config["connect_timeout_ms"], config["reconnect_timeout_ms"]) == (2500, 2000)
+    wrong = parse_spec(make_spec(cluster=settings_of({"neon.safekeeper_connect_timeout": "soon"})))
+    with pytest.raises(ConfigError, match="neon.safekeeper_connect_timeout: 'soon' is not a duration"):
+        config_of(wrong, 150000)
