@@ -91,11 +91,15 @@ def topology(groups: Groups, hostvars: HostVars) -> dict[str, Any]:
 
 
 def machine_of(groups: Groups, hostvars: HostVars, host: str) -> dict[str, Any]:
-    """What runs on the machine of ``host``, and whether this instance is the one that prepares the machine for all."""
+    """What runs on the machine of ``host``, and whether this instance is the one that prepares the machine for all.
+
+    A host of the inventory that runs nothing (the control node, say) is no instance and prepares nothing.
+    """
     here = machine(hostvars, host)
-    instances = [other for other in groups["all"] if machine(hostvars, other) == here]
+    serving = {other for role in ROLES for other in groups.get(role, [])}
+    instances = [other for other in groups["all"] if other in serving and machine(hostvars, other) == here]
     runs = [role for role in ROLES if any(other in groups.get(role, []) for other in instances)]
-    return {"name": here, "instances": instances, "leader": instances[0] == host, "runs": runs}
+    return {"name": here, "instances": instances, "leader": instances[:1] == [host], "runs": runs}
 
 
 # Who may connect to which port: (group that listens, port variable, groups that use it).

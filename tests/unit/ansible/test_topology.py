@@ -112,6 +112,9 @@ def test_each_mistake_is_named_with_its_repair(topology: ModuleType, inventory: 
 def test_one_machine_may_hold_everything_when_ports_differ(topology: ModuleType, inventory: Inventory) -> None:
     inventory.on_one_machine()
     assert topology.problems(inventory.groups, inventory.hostvars) == []
+    # the control node, listed first and said to be the machine, too, as variables of all hosts would do
+    inventory.groups["all"].insert(0, "localhost")
+    inventory.hostvars["localhost"] = {"neon_machine": "one"}
     leaders = [h for h in inventory.groups["all"] if topology.machine_of(inventory.groups, inventory.hostvars, h)["leader"]]
     assert leaders == ["broker1"]
     assert "computes" in topology.machine_of(inventory.groups, inventory.hostvars, "sk1")["runs"]

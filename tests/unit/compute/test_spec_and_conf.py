@@ -215,5 +215,5 @@ def test_timeouts_of_the_walproposer() -> None:
     config = config_of(parse_spec(make_spec(cluster=settings_of(settings))), 150000)
     assert (config["connect_timeout_ms"], config["reconnect_timeout_ms"]) == (2500, 2000)
     wrong = parse_spec(make_spec(cluster=settings_of({"neon.safekeeper_connect_timeout": "soon"})))
-    with pytest.raises(ConfigError, match="neon.safekeeper_connect_timeout: 'soon' is not a duration"):
+    with pytest.raises(ConfigError, match=r"neon\.safekeeper_connect_timeout: 'soon' is not a duration"):
         config_of(wrong, 150000)
