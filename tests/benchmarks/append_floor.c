@@ -1,0 +1,108 @@
+/*
+ * The floor of a safekeeper's work: write the same bytes in the same batches and make each durable, with nothing else to do.
+ *
+ *   append_floor DIRECTORY WAL_FILE SEGMENT_BYTES < BATCH_SIZES
+ *
+ * BATCH_SIZES has one size in bytes a line.  Files of SEGMENT_BYTES are filled with zeros and synced first, outside the
+ * measured time, as a safekeeper does ahead of need.  Prints the seconds that all batches took.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+static void
+fail(const char *what)
+{
+	perror(what);
+	exit(1);
+}
+
+static double
+now_s(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (double) now.tv_sec + (double) now.tv_nsec / 1e9;
+}
+
+static int
+make_segment(const char *directory, size_t number, size_t size)
+{
+	char		path[4096];
+	char	   *zeros = calloc(1, 1 << 20);
+	int			fd;
+
+	snprintf(path, sizeof(path), "%s/segment%zu", directory, number);
+	fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
+	if (fd < 0 || zeros == NULL)
+		fail(path);
+	for (size_t at = 0; at < size; at += 1 << 20)
+		if (pwrite(fd, zeros, 1 << 20, (off_t) at) != 1 << 20)
+			fail(path);
+	if (fsync(fd) != 0)
+		fail(path);
+	free(zeros);
+	return fd;
+}
+
+int
+main(int argc, char **argv)
+{
+	size_t		segment_size,
+				position = 0,
+				size;
+	struct stat found;
+	char	   *wal;
+	int		   *segments;
+	int			file;
+	double		begun;
+
+	if (argc != 4)
+	{
+		fprintf(stderr, "usage: append_floor DIRECTORY WAL_FILE SEGMENT_BYTES < BATCH_SIZES\n");
+		return 2;
+	}
+	segment_size = strtoull(argv[3], NULL, 10);
+	file = open(argv[2], O_RDONLY);
+	if (file < 0 || fstat(file, &found) != 0)
+		fail(argv[2]);
+	wal = malloc((size_t) found.st_size);
+	if (wal == NULL || read(file, wal, (size_t) found.st_size) != found.st_size)
+		fail(argv[2]);
+	segments = calloc((size_t) found.st_size / segment_size + 1, sizeof(int));
+	if (segments == NULL)
+		fail("calloc");
+	for (size_t number = 0; number <= (size_t) found.st_size / segment_size; number++)
+		segments[number] = make_segment(argv[1], number, segment_size);
+
+	begun = now_s();
+	while (scanf("%zu", &size) == 1)
+	{
+		if (position + size > (size_t) found.st_size)
+		{
+			fprintf(stderr, "the batches are longer than %s\n", argv[2]);
+			return 2;
+		}
+		while (size > 0)
+		{
+			size_t		offset = position % segment_size;
+			size_t		count = size < segment_size - offset ? size : segment_size - offset;
+			int			fd = segments[position / segment_size];
+
+			if (pwrite(fd, wal + position, count, (off_t) offset) != (ssize_t) count)
+				fail("pwrite");
+			if (fdatasync(fd) != 0)
+				fail("fdatasync");
+			position += count;
+			size -= count;
+		}
+	}
+	printf("%.6f\n", now_s() - begun);
+	return 0;
+}

@@ -1,0 +1,240 @@
+"""A safekeeper's append against the floor: a C program that writes and fdatasyncs the same bytes in the same batches.
+
+Run: ``python -m tests.benchmarks.bench_safekeeper [--megabytes 64] [--pairs 5]``. *One at a time*: a proposer sends a batch and
+waits for its acknowledgement, so the time includes both ways through the socket. *Stream*: the proposer never waits, and the
+batches are those that the safekeeper itself formed while its disk worked. Then what 1,000 idle timelines cost.
+"""
+
+import argparse
+import asyncio
+import bisect
+import os
+import socket
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from neon_services.ground.lsn import WAL_SEGMENT_SIZE, Lsn
+from neon_services.protocols.safekeeper_messages import (
+    MAX_APPEND_BYTES,
+    AppendResponse,
+    MembershipConfiguration,
+    SafekeeperId,
+    pack_append_header,
+    parse_acceptor_message,
+)
+from tests.integration.cluster import http
+from tests.integration.safekeeper_support import Node, ScriptedProposer, new_ttid, running_fleet
+from tests.unit.safekeeper.walmaker import PG_VERSION, SYSTEM_ID, WalMaker
+
+START = Lsn(WAL_SEGMENT_SIZE * 2)
+ONE_AT_A_TIME = (1 << 10, 8 << 10, 64 << 10, 128 << 10, 1 << 20)
+MOST_BATCHES = 2000
+IDLE_TIMELINES = 1000
+IDLE_SECONDS = 10.0
+
+
+class Floor:
+    """The C program."""
+
+    def __init__(self, base: Path, wal: Path) -> None:
+        self._base, self._wal = base, wal
+        self._program = base / "append_floor"
+        source = Path(__file__).with_name("append_floor.c")
+        subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", self._program, source], check=True)
+
+    def seconds(self, batches: list[int]) -> float:
+        """The time that these batches take."""
+        with tempfile.TemporaryDirectory(dir=self._base) as directory:
+            argv = [self._program, directory, self._wal, str(WAL_SEGMENT_SIZE)]
+            text = "\n".join(map(str, batches))
+            return float(subprocess.run(argv, input=text, capture_output=True, text=True, check=True).stdout)
+
+
+@dataclass
+class Leader:
+    """An elected proposer on one blocking socket: nothing of an event loop in the measured time."""
+
+    wal: WalMaker
+    term: int
+    generation: int
+    link: socket.socket
+    buffer: bytearray
+
+    @classmethod
+    async def elect(cls, node: Node, wal: WalMaker) -> "Leader":
+        """Make a timeline on the node and lead it."""
+        ttid = new_ttid()
+        mconf = MembershipConfiguration(1, (SafekeeperId(node.id, "127.0.0.1", node.pg_port),))
+        create_timeline(node, ttid, mconf)
+        proposer = ScriptedProposer(ttid, START, b"", PG_VERSION, SYSTEM_ID, generation=1, mconf=mconf)
+        await proposer.elect([node])
+        transport = proposer.members[0].client.transport
+        assert transport is not None
+        transport.pause_reading()
+        link = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        link.setblocking(True)
+        return cls(wal, proposer.term, 1, link, bytearray())
+
+    def message(self, begin: int, end: int) -> bytes:
+        """The appends of one batch."""
+        parts = []
+        while begin < end:
+            until = min(end, begin + MAX_APPEND_BYTES)
+            header = pack_append_header(self.generation, self.term, Lsn(begin), Lsn(until), START, START)
+            data = self.wal.slice(begin, until)
+            parts += [b"d", (4 + len(header) + len(data)).to_bytes(4, "big"), header, data]
+            begin = until
+        return b"".join(parts)
+
+    def acknowledged(self) -> Lsn:
+        """Wait for the next acknowledgement."""
+        while True:
+            if len(self.buffer) >= 5:
+                length = 1 + int.from_bytes(self.buffer[1:5], "big")
+                if len(self.buffer) >= length:
+                    kind, body = self.buffer[:1], bytes(self.buffer[5:length])
+                    del self.buffer[:length]
+                    answer = parse_acceptor_message(memoryview(body)) if kind == b"d" else None
+                    if not isinstance(answer, AppendResponse):
+                        raise RuntimeError(f"unexpected {kind!r} from the safekeeper: {body[:200]!r}")
+                    return answer.flush_lsn
+            data = self.link.recv(65536)
+            if not data:
+                raise ConnectionResetError("the safekeeper closed the connection")
+            self.buffer += data
+
+
+def create_timeline(node: Node, ttid, mconf: MembershipConfiguration) -> None:  # type: ignore[no-untyped-def]
+    """A timeline that begins at START."""
+    body = {
+        "tenant_id": str(ttid.tenant_id),
+        "timeline_id": str(ttid.timeline_id),
+        "mconf": mconf.to_json(),
+        "pg_version": PG_VERSION,
+        "system_id": SYSTEM_ID,
+        "start_lsn": f"{START >> 32:X}/{START & 0xFFFFFFFF:X}",
+    }
+    http("POST", node.url("/v1/tenant/timeline"), body)
+
+
+def batches_of(wal: WalMaker, size: int) -> list[int]:
+    """Ends of batches of about this size; each ends with a record, so that each can be acknowledged whole."""
+    ends: list[int] = []
+    position: int = START
+    while len(ends) < MOST_BATCHES:
+        index = bisect.bisect_left(wal.record_ends, position + size)
+        if index == len(wal.record_ends):
+            break
+        position = wal.record_ends[index]
+        ends.append(position)
+    return ends
+
+
+def one_at_a_time(leader: Leader, ends: list[int]) -> float:
+    """Seconds to have every batch acknowledged before the next is sent."""
+    messages = [leader.message(begin, end) for begin, end in zip([START, *ends], ends, strict=False)]
+    begun = time.perf_counter()
+    for message, end in zip(messages, ends, strict=True):
+        leader.link.sendall(message)
+        while leader.acknowledged() < end:
+            pass
+    return time.perf_counter() - begun
+
+
+def stream(leader: Leader) -> tuple[float, list[int]]:
+    """(seconds to have everything acknowledged, sizes of the batches that the safekeeper made)."""
+    end = leader.wal.record_ends[-1]
+    message = leader.message(START, end)
+    sender = threading.Thread(target=leader.link.sendall, args=(message,))
+    sizes: list[int] = []
+    position: int = START
+    begun = time.perf_counter()
+    sender.start()
+    while position < end:
+        flushed = leader.acknowledged()
+        if flushed > position:
+            sizes.append(flushed - position)
+            position = flushed
+    seconds = time.perf_counter() - begun
+    sender.join()
+    return seconds, sizes
+
+
+def row(what: str, figure: str, target: str) -> None:
+    """One row of the table."""
+    print(f"{what:<66} {figure:<44} target {target}", flush=True)
+
+
+def idle_timelines(node: Node) -> None:
+    """Memory and CPU of a safekeeper with many timelines that nobody uses."""
+    assert node.popen is not None
+    mconf = MembershipConfiguration(1, (SafekeeperId(node.id, "127.0.0.1", node.pg_port),))
+    before = resident_mib(node.popen.pid)
+    for _ in range(IDLE_TIMELINES):
+        create_timeline(node, new_ttid(), mconf)
+    memory = resident_mib(node.popen.pid)
+    cpu = cpu_seconds(node.popen.pid)
+    threading.Event().wait(IDLE_SECONDS)
+    share = (cpu_seconds(node.popen.pid) - cpu) / IDLE_SECONDS * 100
+    figure = f"{(memory - before) * 1024 / IDLE_TIMELINES:.0f} KiB each ({memory:.0f} MiB in all), {share:.1f} % CPU"
+    row(f"{IDLE_TIMELINES} idle timelines on one safekeeper", figure, "(stated)")
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(node: Node, wal: WalMaker, floor: Floor, pairs: int) -> None:
+    """The rows about appends."""
+    for size in ONE_AT_A_TIME:
+        ends = batches_of(wal, size)
+        sizes = [end - begin for begin, end in zip([START, *ends], ends, strict=False)]
+        ours, base = [], []
+        for _ in range(pairs):
+            ours.append(one_at_a_time(await Leader.elect(node, wal), ends))
+            base.append(floor.seconds(sizes))
+        ratio = statistics.median(a / b for a, b in zip(ours, base, strict=True))
+        each = [statistics.median(values) / len(ends) * 1e6 for values in (ours, base)]
+        what = f"append and acknowledge {size >> 10} KiB, one at a time / C write + fdatasync"
+        row(what, f"{ratio:.2f}  ({each[0]:.0f} / {each[1]:.0f} us)", "<= 1.3")
+    ours, base, counts = [], [], []
+    for _ in range(pairs):
+        seconds, sizes = stream(await Leader.elect(node, wal))
+        ours.append(seconds)
+        base.append(floor.seconds(sizes))
+        counts.append(len(sizes))
+    ratio = statistics.median(a / b for a, b in zip(ours, base, strict=True))
+    speed = [len(wal.data) / (1 << 20) / statistics.median(values) for values in (ours, base)]
+    what = f"append, a stream ({statistics.median(counts):.0f} batches) / C write + fdatasync"
+    row(what, f"{ratio:.2f}  ({speed[0]:.0f} / {speed[1]:.0f} MB/s)", "<= 1.3")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_safekeeper", description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=64, help="WAL of the longest runs (default 64)")
+    parser.add_argument("--pairs", type=int, default=5, help="paired runs per row (default 5)")
+    options = parser.parse_args()
+    wal = WalMaker(START, WAL_SEGMENT_SIZE).until(START + (options.megabytes << 20), largest=400)
+    with tempfile.TemporaryDirectory(prefix="neon-bench-safekeeper-") as text:
+        base = Path(text)
+        (base / "wal").write_bytes(wal.data)
+        floor = Floor(base, base / "wal")
+        with running_fleet(base, 1) as fleet:
+            asyncio.run(measure(fleet.nodes[0], wal, floor, options.pairs))
+            idle_timelines(fleet.nodes[0])
+
+
+if __name__ == "__main__":
+    main()
