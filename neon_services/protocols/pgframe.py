@@ -13,6 +13,7 @@ from neon_services.protocols import pgwire
 
 _LENGTH = struct.Struct("!i")
 INITIAL_BUFFER = 256 * 1024
+LARGEST_BUFFER = 2 * 1024 * 1024  # it grows so far for a sender who fills it again and again; a larger message makes it larger
 MIN_ROOM = 64 * 1024
 QUEUE_HIGH_BYTES = 4 * 1024 * 1024
 WRITE_HIGH_BYTES = 1024 * 1024
@@ -25,6 +26,7 @@ class FrameConnection(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
         self._buffer = bytearray(INITIAL_BUFFER)
         self._filled = 0
+        self._was_full = False  # more could have been read at once: larger batches cost less
         self._untagged = False  # a server's first packet has no tag
         self._writable = asyncio.Event()
         self._writable.set()
@@ -63,7 +65,8 @@ class FrameConnection(asyncio.BufferedProtocol):
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)  # type: ignore[union-attr]
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if len(self._buffer) - self._filled < MIN_ROOM:
+        if len(self._buffer) - self._filled < MIN_ROOM or self._was_full:
+            self._was_full = False
             grown = bytearray(len(self._buffer) * 2)
             grown[: self._filled] = memoryview(self._buffer)[: self._filled]
             self._buffer = grown
@@ -71,6 +74,7 @@ class FrameConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes
+        self._was_full = self._filled == len(self._buffer) < LARGEST_BUFFER
         view = memoryview(self._buffer)[: self._filled]
         consumed = 0
         try:
