@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from neon_services.ground.lsn import WAL_SEGMENT_SIZE, Lsn
+from neon_services.ground.lsn import WAL_SEGMENT_SIZE, Lsn, format_lsn
 from neon_services.protocols.safekeeper_messages import (
     MAX_APPEND_BYTES,
     AppendResponse,
@@ -117,7 +117,7 @@ def create_timeline(node: Node, ttid, mconf: MembershipConfiguration) -> None:  
         "mconf": mconf.to_json(),
         "pg_version": PG_VERSION,
         "system_id": SYSTEM_ID,
-        "start_lsn": f"{START >> 32:X}/{START & 0xFFFFFFFF:X}",
+        "start_lsn": format_lsn(START),
     }
     http("POST", node.url("/v1/tenant/timeline"), body)
 
@@ -175,8 +175,13 @@ def idle_timelines(node: Node) -> None:
     assert node.popen is not None
     mconf = MembershipConfiguration(1, (SafekeeperId(node.id, "127.0.0.1", node.pg_port),))
     before = resident_mib(node.popen.pid)
+    start = format_lsn(START)
+    known = dict.fromkeys(("commit_lsn", "backup_lsn", "remote_consistent_lsn", "peer_horizon_lsn"), start)
     for _ in range(IDLE_TIMELINES):
-        create_timeline(node, new_ttid(), mconf)
+        ttid = new_ttid()
+        create_timeline(node, ttid, mconf)
+        # a pageserver has everything: the timeline is silent
+        http("POST", node.url(f"/v1/record_safekeeper_info/{ttid.tenant_id}/{ttid.timeline_id}"), known)
     memory = resident_mib(node.popen.pid)
     cpu = cpu_seconds(node.popen.pid)
     threading.Event().wait(IDLE_SECONDS)
