@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import shutil
+from pathlib import Path
 
 import prometheus_client
 
@@ -38,6 +40,7 @@ class SafekeeperServer:
             # what a killed process wrote may still be in the page cache only, and it will be reported as flushed
             await asyncio.to_thread(sync_filesystem, config.datadir)
         self.timelines.load()
+        self.timelines.discard = lambda path: asyncio.get_running_loop().run_in_executor(None, _discard, path)
         log.info("loaded %d timelines, %d are broken", len(self.timelines.all()), len(self.timelines.broken))
         manager = Manager(
             self.timelines,
@@ -80,3 +83,10 @@ class SafekeeperServer:
         await self._pg.stop()
         await self._http.cleanup()
         await self._broker.close()
+
+
+def _discard(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        log.error("deleting %s failed, it goes at the next start: %s", directory, error)
