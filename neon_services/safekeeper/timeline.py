@@ -171,14 +171,11 @@ class Timeline:
         if feedback.remote_consistent_lsn > acceptor.remote_consistent_lsn:
             acceptor.remote_consistent_lsn = feedback.remote_consistent_lsn
             self.on_change(self)
-        answer: bytes | None = None
         for receiver in self.receivers.values():
             if acceptor.is_streaming(receiver.proposer):
-                if answer is None:
-                    response = acceptor.append_response()
-                    response.pageserver_feedback = feedback
-                    answer = response.pack()
-                receiver.send(answer)
+                response = acceptor.append_response()
+                response.pageserver_feedback = feedback
+                receiver.send(receiver.pack(response))
 
     def standby_feedback_changed(self) -> None:
         """A replica reported or left: what all of them need goes into the next answer to the compute."""

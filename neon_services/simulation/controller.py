@@ -18,6 +18,7 @@ from neon_services.consensus.migration import (
     Row,
     Standing,
     SwitchMembership,
+    TellCompute,
 )
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, SafekeeperId
@@ -98,7 +99,8 @@ class SimulatedController:
             except MigrationConflict as conflict:
                 self.world.trace("the controller gives up: %s", conflict)
                 return
-            yield self.world.delay_us()
+            if not isinstance(effect, TellCompute):  # computes look at the row when they start
+                yield self.world.delay_us()
             outcome = self._perform(effect)
             if self.world.random.random() < LATE_ANSWERS:
                 yield self.world.delay_us()
@@ -117,7 +119,7 @@ class SimulatedController:
             return node.up and node.present and node.bump(effect.term)
         if isinstance(effect, Exclude):
             return self._exclude(effect)
-        return True  # computes look at the row when they start; waiting is the delay
+        return True  # waiting is the delay
 
     def _node(self, member: SafekeeperId) -> "SimulatedSafekeeper":
         return self.world.nodes[member.node_id - 1]

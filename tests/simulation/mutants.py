@@ -341,8 +341,11 @@ class FinishesWithoutTerms(SimulatedController):
 
 class _WithoutJoining(Migration):
     def prepare(self, joint: MembershipConfiguration) -> Migrating:
-        for node in joint.new_members or ():
-            yield PullTimeline(node, joint.members, joint)
+        copies, new = 0, joint.new_members or ()
+        while copies < quorum_size(len(new)):
+            copies = 0
+            for node in new:
+                copies += bool((yield PullTimeline(node, joint.members[:1], joint)))
 
 
 class SkipsJoint(SimulatedController):
