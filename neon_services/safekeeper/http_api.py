@@ -27,6 +27,7 @@ from neon_services.safekeeper.http_fields import (
     ttid_of,
 )
 from neon_services.safekeeper.membership_api import MembershipApi
+from neon_services.safekeeper.openapi import document
 from neon_services.safekeeper.pull_timeline import NotMember, PullFailed
 from neon_services.safekeeper.snapshot import SnapshotAborted, SnapshotRefused
 from neon_services.safekeeper.status import disk_content, memory_dump, now_text, timeline_status, wal_last_modified
@@ -69,6 +70,7 @@ class HttpApi:
         application = make_application()
         application.middlewares.append(_status_of_errors)
         router = application.router
+        router.add_get("/v1/openapi.json", self.openapi)
         router.add_get("/v1/status", self.status)
         router.add_get("/v1/utilization", self.utilization)
         router.add_get("/v1/debug/filesystem_usage", self.filesystem_usage)
@@ -85,6 +87,10 @@ class HttpApi:
         return application
 
     # -- the process
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        """GET /v1/openapi.json."""
+        return json_response(document())
 
     async def status(self, _: web.Request) -> web.Response:
         """GET /v1/status."""
