@@ -15,6 +15,7 @@ from neon_services.ground.http import ApiError, json_response, make_application,
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn, format_lsn
 from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP
+from neon_services.safekeeper.admin_api import AdminApi
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.http_fields import (
     TIMELINE_PATH,
@@ -64,6 +65,7 @@ class HttpApi:
         self._config = config
         self._timelines = timelines
         self._membership = MembershipApi(config, timelines)
+        self._admin = AdminApi(config, timelines)
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -81,6 +83,7 @@ class HttpApi:
         router.add_get(TIMELINE_PATH, self.timeline_status)
         router.add_delete(TIMELINE_PATH, self.delete_timeline)
         self._membership.add_routes(router)
+        self._admin.add_routes(router)
         router.add_post(TIMELINE_PATH + "/checkpoint", self.checkpoint)
         router.add_get(TIMELINE_PATH + "/digest", self.digest)
         router.add_post("/v1/record_safekeeper_info/{tenant_id}/{timeline_id}", self.record_safekeeper_info)

@@ -1,5 +1,6 @@
 """The part of the HTTP API by which timelines move between safekeepers: membership, exclude, term_bump, snapshot, pull."""
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -18,6 +19,8 @@ from neon_services.safekeeper.snapshot import Snapshot
 from neon_services.safekeeper.timelines import Timelines
 
 log = logging.getLogger(__name__)
+
+STALL_TIMEOUT_S = 60.0
 
 
 class MembershipApi:
@@ -94,17 +97,18 @@ class MembershipApi:
         timeline = self._timelines.get(ttid_of(request))
         started = time.perf_counter()
         with timeline.hold_removal():
-            archive = Snapshot(timeline)
+            archive = Snapshot.of(timeline)
             response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
             await response.prepare(request)
             try:
                 async with contextlib.aclosing(archive.stream()) as pieces:
                     async for piece in pieces:
-                        await response.write(piece)
+                        async with asyncio.timeout(STALL_TIMEOUT_S):  # WAL is not kept for ever for who does not read
+                            await response.write(piece)
                 await response.write_eof()
             except (NeonError, OSError) as error:
                 # the status is out already: only a torn connection says that the copy is not whole
-                log.warning("snapshot of timeline %s for safekeeper %s ended early: %s", timeline.ttid, destination, error)
+                log.warning("snapshot of timeline %s for safekeeper %s ended early: %r", timeline.ttid, destination, error)
                 if request.transport is not None:
                     request.transport.abort()
         metrics.MISC_OPERATION_SECONDS.labels("snapshot").observe(time.perf_counter() - started)

@@ -99,7 +99,7 @@ def _parameter(name: str, where: str, schema: Schema, *, required: bool = False)
     return {"name": name, "in": where, "required": required or where == "path", "schema": schema}
 
 
-_PATH_PARAMETERS = {"tenant_id": ID, "timeline_id": ID, "destination_id": U64}
+_PATH_PARAMETERS = {"tenant_id": ID, "timeline_id": ID, "source_timeline_id": ID, "destination_id": U64}
 _FLAG: Schema = {"enum": ["true", "false"]}
 
 
@@ -187,6 +187,12 @@ def _paths() -> dict[str, dict[str, Any]]:
         body=_ref("PullTimelineRequest"),
         errors=(403, 409, 412),
     )
+    copy = _object({"target_timeline_id": ID, "until_lsn": LSN})
+    path = "/v1/tenant/{tenant_id}/timeline/{source_timeline_id}/copy"
+    add("post", path, "Copy a timeline up to a position", NULL, body=copy, errors=(404, 409, 412))
+    patch = _object({"updates": ANYTHING, "apply_fields": _list(TEXT)})
+    patched = _object({"old_control_file": ANYTHING, "new_control_file": ANYTHING})
+    add("patch", TIMELINE_PATH + "/control_file", "Change fields of the control file", patched, body=patch, errors=found)
     path = "/v1/record_safekeeper_info/{tenant_id}/{timeline_id}"
     add("post", path, "What a peer would say through the broker", NULL, body=_ref("PeerInfo"), errors=found)
     return operations.paths

@@ -93,7 +93,7 @@ class TimelinePuller:
         self._turns: dict[TenantTimelineId, _Turn] = {}
 
     async def pull(self, request: PullRequest) -> str | None:
-        """The donor's address, or None when the timeline was here. Raises NeonError or OSError."""
+        """The donor's address, or None when the timeline was here. Raises NeonError or OSError; nothing is left behind."""
         started = time.perf_counter()
         turn = self._turns.setdefault(request.ttid, _Turn(asyncio.Lock()))
         turn.interested += 1
@@ -129,6 +129,8 @@ class TimelinePuller:
                 return self._publish(request, staged, unpacked, clients[donor])
             except (CorruptionError, PeerError) as error:
                 raise PullFailed(f"the copy of timeline {request.ttid} from {donor} is not whole: {error}") from error
+            except OSError as error:
+                raise NeonError(f"the copy of timeline {request.ttid} could not be written: {error}") from error
             finally:
                 await asyncio.to_thread(shutil.rmtree, staged, True)
 

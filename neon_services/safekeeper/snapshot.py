@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from neon_services.ground.errors import Cancelled, NeonError
 from neon_services.ground.lsn import Lsn, format_lsn, segment_file_name
-from neon_services.safekeeper.control_file import FILE_NAME
+from neon_services.safekeeper.control_file import FILE_NAME, ControlFile
 from neon_services.safekeeper.segments import PARTIAL_SUFFIX
 from neon_services.safekeeper.snapshot_tar import END_OF_ARCHIVE, member_header, member_padding
 from neon_services.safekeeper.timeline import Timeline
@@ -36,36 +36,39 @@ class SnapshotAborted(NeonError):
 
 
 class Snapshot:
-    """What is going to be copied. Make it, and read it, while removal is held."""
+    """What is going to be copied: a control file, and the log up to ``end_lsn``. Make and read it while removal is held."""
 
-    def __init__(self, timeline: Timeline) -> None:
-        """Save the control file and fix the ends. Raises SnapshotRefused, Cancelled or WalStoreError."""
+    def __init__(self, timeline: Timeline, control: ControlFile, begin_lsn: int, end_lsn: Lsn) -> None:
+        """Take the log from the segment with ``begin_lsn`` on. Raises SnapshotRefused when it is too long or not here."""
         if timeline.control.offloaded_flush_lsn is not None:
             raise SnapshotRefused(f"the WAL of timeline {timeline.ttid} is in object storage only: bring it back first")
-        acceptor = timeline.acceptor
-        timeline.run(acceptor.persist_volatile())
-        state = acceptor.state
         self._timeline = timeline
-        self._term = acceptor.last_log_term
-        self.end_lsn = Lsn(timeline.store.flush_lsn)
-        begin = min(state.remote_consistent_lsn, state.backup_lsn, state.commit_lsn, self.end_lsn)
-        begin = max(begin, state.local_start_lsn)
+        self._term = timeline.acceptor.last_log_term
+        # the parts uploaded from here stay ours: the copy has their bytes on its own disk
+        self._control = replace(control, partial_backup=()).encode()
+        self.end_lsn = end_lsn
         size = timeline.segment_size
         #: Numbers of the segments to copy; none when no WAL was ever written here or all of it is in object storage.
         self.segments = range(0)
-        if self.end_lsn > state.local_start_lsn:
-            self.segments = range(begin // size, (self.end_lsn - 1) // size + 1)
+        if end_lsn > control.acceptor.local_start_lsn:
+            self.segments = range(begin_lsn // size, (end_lsn - 1) // size + 1)
         if len(self.segments) > MAX_SEGMENTS:
             raise SnapshotRefused(
-                f"timeline {timeline.ttid} has {len(self.segments)} WAL segments from {format_lsn(begin)} to "
-                f"{format_lsn(self.end_lsn)}, more than the {MAX_SEGMENTS} that a copy may have: wait for its offloading"
+                f"timeline {timeline.ttid} has {len(self.segments)} WAL segments from {format_lsn(begin_lsn)} to "
+                f"{format_lsn(end_lsn)}, more than the {MAX_SEGMENTS} that a copy may have: wait for its offloading"
             )
         here = timeline.store.segments.existing() if self.segments else {}
         missing = [segment_file_name(segment, size) for segment in self.segments if segment not in here]
         if missing:
             raise SnapshotRefused(f"timeline {timeline.ttid} lacks WAL on this safekeeper's disk, first segment {missing[0]}")
-        # the parts uploaded from here stay ours: the copy has their bytes on its own disk
-        self._control = replace(timeline.control, partial_backup=()).encode()
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> "Snapshot":
+        """The timeline as it is now, for another member; saves the control file. Raises as above, Cancelled, WalStoreError."""
+        timeline.run(timeline.acceptor.persist_volatile())
+        state, end_lsn = timeline.acceptor.state, timeline.store.flush_lsn
+        begin = min(state.remote_consistent_lsn, state.backup_lsn, state.commit_lsn, end_lsn)
+        return cls(timeline, timeline.control, max(begin, state.local_start_lsn), end_lsn)
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """The archive in pieces. Raises SnapshotAborted, WalNotHere, Cancelled or OSError."""

@@ -180,6 +180,18 @@ class Timelines:
             elif tombstone.generation is None or generation <= tombstone.generation:
                 raise TimelineDeleted(f"timeline {ttid} was deleted from this safekeeper and cannot be created again yet")
 
+    def replace_control(self, ttid: TenantTimelineId, control: ControlFile) -> None:
+        """Give the timeline another control file and open it anew; its connections end. Raises NeonError, OSError."""
+        timeline = self.get(ttid)
+        del self._timelines[ttid]
+        directory = self.directory_of(ttid)
+        try:
+            timeline.close(f"the control file of timeline {ttid} is replaced")
+            control.save(directory, sync=self._sync)
+        finally:
+            self._load_one(ttid, directory)
+        self.get(ttid)
+
     # -- deleting
 
     def delete(self, ttid: TenantTimelineId) -> bool:

@@ -1,6 +1,8 @@
 """Snapshots: the archive on every prefix, what the destination refuses, and that copying aborts when the log changes."""
 
 import asyncio
+import contextlib
+import errno
 import io
 import tarfile
 from collections.abc import Iterator
@@ -9,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from neon_services.ground.errors import Cancelled, CorruptionError
+from neon_services.consensus.acceptor import AcceptorState
+from neon_services.ground.errors import Cancelled, CorruptionError, NeonError
+from neon_services.ground.http import serve
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import (
     NO_MEMBERSHIP,
@@ -20,13 +24,18 @@ from neon_services.protocols.safekeeper_messages import (
     TermLsn,
     VoteRequest,
 )
+from neon_services.safekeeper import membership_api
+from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.control_file import ControlFile
+from neon_services.safekeeper.http_api import HttpApi
 from neon_services.safekeeper.manager import Manager
+from neon_services.safekeeper.pull_timeline import PullRequest, TimelinePuller
 from neon_services.safekeeper.snapshot import Snapshot, SnapshotAborted, SnapshotRefused
 from neon_services.safekeeper.snapshot_tar import END_OF_ARCHIVE, Member, MemberEnd, TarReader, member_header, member_padding
 from neon_services.safekeeper.snapshot_unpack import SnapshotUnpacker, Unpacked, continuation_end
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
+from tests.integration.cluster import wait_until
 from tests.unit.safekeeper.test_timelines import TTID, Leader
 from tests.unit.safekeeper.walmaker import PG_VERSION, SYSTEM_ID, WalMaker
 
@@ -44,8 +53,6 @@ def timelines(tmp_path: Path) -> Iterator[Timelines]:
 
 
 def create(timelines: Timelines) -> Timeline:
-    from neon_services.consensus.acceptor import AcceptorState
-
     return timelines.create(
         TTID,
         AcceptorState.create(NO_MEMBERSHIP, pg_version=PG_VERSION, system_id=SYSTEM_ID, wal_seg_size=SEGMENT, start_lsn=START),
@@ -71,7 +78,7 @@ def append_all(leader: Leader, wal: WalMaker, end: int, commit: int = 0) -> None
 
 async def archive(timeline: Timeline) -> bytes:
     with timeline.hold_removal():
-        return b"".join([piece async for piece in Snapshot(timeline).stream()])
+        return b"".join([piece async for piece in Snapshot.of(timeline).stream()])
 
 
 def unpack(directory: Path, data: bytes, mconf: MembershipConfiguration | None = None, step: int = 1 << 20) -> Unpacked:
@@ -271,14 +278,14 @@ async def test_another_leader_or_deletion_aborts_the_copy(timelines: Timelines) 
     donor = create(timelines)
     wal = WalMaker(START, SEGMENT).until(START + 3 * SEGMENT)
     append_all(SmallLeader(donor).elect(), wal, wal.end)
-    pieces = Snapshot(donor).stream()
+    pieces = Snapshot.of(donor).stream()
     for _ in range(3):
         await anext(pieces)
     SmallLeader(donor, term=2).say(ProposerGreeting(TTID, NO_MEMBERSHIP, PG_VERSION, SYSTEM_ID, SEGMENT))
     leader = SmallLeader(donor, term=2).elect()
     with pytest.raises(SnapshotAborted, match="from term 1 to 2"):
         [piece async for piece in pieces]
-    pieces = Snapshot(donor).stream()
+    pieces = Snapshot.of(donor).stream()
     await anext(pieces)
     leader.say(VoteRequest(0, 3))  # a vote alone changes no log
     await anext(pieces)
@@ -293,7 +300,7 @@ async def test_removal_is_held_while_somebody_copies(timelines: Timelines) -> No
     wal = WalMaker(START, SEGMENT).until(START + 4 * SEGMENT)
     append_all(SmallLeader(donor).elect(), wal, wal.end, wal.end)
     with donor.hold_removal(), donor.hold_removal():
-        pieces = Snapshot(donor).stream()
+        pieces = Snapshot.of(donor).stream()
         await anext(pieces)
         donor.acceptor.backup_lsn = donor.acceptor.remote_consistent_lsn = Lsn(4 * SEGMENT)
         donor.run(donor.acceptor.persist_volatile())
@@ -301,12 +308,12 @@ async def test_removal_is_held_while_somebody_copies(timelines: Timelines) -> No
         assert len([piece async for piece in pieces]) > 4
     manager.tend(donor)
     assert donor.removed_segment == 3
-    pieces = Snapshot(donor).stream()
+    pieces = Snapshot.of(donor).stream()
     assert [p async for p in pieces]
     donor.acceptor.state = replace(donor.acceptor.state, backup_lsn=Lsn(SEGMENT))
     donor.acceptor.backup_lsn = Lsn(SEGMENT)
     with pytest.raises(SnapshotRefused, match="lacks WAL"):
-        Snapshot(donor)
+        Snapshot.of(donor)
 
 
 async def test_the_event_loop_goes_on_while_a_copy_is_read(timelines: Timelines) -> None:
@@ -323,7 +330,62 @@ async def test_the_event_loop_goes_on_while_a_copy_is_read(timelines: Timelines)
 
     task = asyncio.create_task(others())
     try:
-        pieces = len([piece async for piece in Snapshot(donor).stream()])
+        pieces = len([piece async for piece in Snapshot.of(donor).stream()])
     finally:
         task.cancel()
     assert turns >= pieces // 2
+
+
+async def test_wal_is_not_kept_for_ever_for_who_does_not_read(
+    timelines: Timelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership_api, "STALL_TIMEOUT_S", 0.2)
+    donor = create(timelines)
+    wal = WalMaker(START, SEGMENT).until(START + 16 * SEGMENT, 60_000)
+    append_all(SmallLeader(donor).elect(), wal, wal.end)
+    config = SafekeeperConfig(tmp_path, 1, ("127.0.0.1", 0), ("127.0.0.1", 0), "", "")
+    runner = await serve(HttpApi(config, timelines).application(), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*runner.addresses[0][:2], limit=4096)
+    try:
+        path = f"/v1/tenant/{TTID.tenant_id}/timeline/{TTID.timeline_id}/snapshot/2"
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        assert donor.removal_holds == 1
+        await asyncio.to_thread(wait_until, lambda: not donor.removal_holds, "the end of the hold", 20)
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := await asyncio.wait_for(reader.read(1 << 20), 20):
+                received += piece
+        assert len(received) < 16 * SEGMENT and not received.endswith(b"0\r\n\r\n"), "the copy looks whole"
+    finally:
+        writer.close()
+        await runner.cleanup()
+
+
+async def test_a_full_disk_leaves_nothing(timelines: Timelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    donor = create(timelines)
+    wal = WalMaker(START, SEGMENT).until(START + 2 * SEGMENT, 60_000)
+    append_all(SmallLeader(donor).elect(), wal, wal.end)
+    config = SafekeeperConfig(tmp_path, 1, ("127.0.0.1", 0), ("127.0.0.1", 0), "", "")
+    runner = await serve(HttpApi(config, timelines).application(), "127.0.0.1", 0)
+    host, port = runner.addresses[0][:2]
+    (tmp_path / "joiner").mkdir()
+    joiner = Timelines(tmp_path / "joiner", 2, sync=False)
+    puller, calls = TimelinePuller(joiner, 2, sync=False), 0
+
+    def full(self: ControlFile, directory: Path, *, sync: bool = True) -> None:
+        nonlocal calls
+        calls += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(ControlFile, "save", full)
+            with pytest.raises(NeonError, match="No space left"):
+                await puller.pull(PullRequest(TTID, (f"http://{host}:{port}",)))
+        assert calls == 1 and joiner.find(TTID) is None and list((tmp_path / "joiner" / "tmp").iterdir()) == []
+        assert await puller.pull(PullRequest(TTID, (f"http://{host}:{port}",))) == f"http://{host}:{port}"
+        assert joiner.get(TTID).store.flush_lsn == wal.end
+    finally:
+        joiner.close()
+        await runner.cleanup()

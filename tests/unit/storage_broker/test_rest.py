@@ -227,3 +227,21 @@ async def test_hundreds_of_streams_on_one_connection(broker: BrokerServer, clien
 
     await client.publish_infos(infos())
     assert await asyncio.wait_for(asyncio.gather(*tasks), 20) == list(range(300))
+
+
+async def test_idle_connections_are_pinged() -> None:
+    """A client that only opens a connection gets a ping of HTTP/2 after the configured interval."""
+    server = BrokerServer(BrokerConfig("127.0.0.1", 0, http2_keepalive_interval_ms=1000))
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    try:
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))  # the preface, empty SETTINGS
+        async with asyncio.timeout(20):
+            while True:
+                header = await reader.readexactly(9)
+                await reader.readexactly(int.from_bytes(header[:3], "big"))
+                if header[3] == 6 and not header[4]:  # a PING that is no answer
+                    break
+    finally:
+        writer.close()
+        await server.stop()
