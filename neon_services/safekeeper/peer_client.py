@@ -12,7 +12,7 @@ from neon_services.ground.errors import NeonError
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import Lsn, parse_lsn
 from neon_services.ground.net import parse_http_endpoint
-from neon_services.protocols.safekeeper_messages import MembershipConfiguration
+from neon_services.protocols.safekeeper_messages import MembershipConfiguration, TermHistory, TermLsn
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 30.0
@@ -36,6 +36,7 @@ class PeerStatus:
     last_log_term: int
     flush_lsn: Lsn
     commit_lsn: Lsn
+    term_history: TermHistory = ()
 
     @property
     def rank(self) -> tuple[int, int, int, int]:
@@ -53,6 +54,7 @@ class PeerStatus:
                 int(acceptor["epoch"]),
                 parse_lsn(value["flush_lsn"]),
                 parse_lsn(value["commit_lsn"]),
+                tuple(TermLsn(int(entry["term"]), parse_lsn(entry["lsn"])) for entry in acceptor["term_history"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the status of a timeline: {error!r}") from error

@@ -15,6 +15,7 @@ from neon_services.safekeeper.broker_loops import BrokerLoops
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.http_api import HttpApi
 from neon_services.safekeeper.manager import Manager
+from neon_services.safekeeper.peer_recovery import PeerRecovery
 from neon_services.safekeeper.timeline_metrics import TimelineCollector
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.wal_service import WalServiceHandler
@@ -55,6 +56,8 @@ class SafekeeperServer:
             asyncio.create_task(manager.run(), name="manager"),
             asyncio.create_task(loops.run(), name="broker loops"),
         ]
+        if config.peer_recovery:
+            self._tasks.append(asyncio.create_task(PeerRecovery(config, self.timelines).run(), name="peer recovery"))
 
     async def _listen(self, option: str, address: tuple[str, int]) -> None:
         host, port = address
