@@ -1,5 +1,8 @@
 """The migrate command on real safekeepers: cut off by kill -9 after each step, with dead members, and with nonsense."""
 
+import asyncio
+import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -10,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from neon_services.consensus.membership import is_quorum, voter_sets
 from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration
 from neon_services.safekeeper.migration_row import RowFile
 from tests.integration.cluster import LIBRARIES, http
-from tests.integration.safekeeper_support import Fleet, new_ttid, running_fleet
+from tests.integration.safekeeper_support import Fleet, Node, ScriptedProposer, new_ttid, running_fleet, until
 from tests.integration.test_pull_timeline import START, create, members, present, proposer, refusal
 from tests.unit.safekeeper.walmaker import WalMaker
 
@@ -211,3 +215,74 @@ async def test_nonsense_is_refused_and_changes_nothing(fleet: Fleet, timeline: T
     code, output = timeline.run("--to", "1,4,5")
     assert code == 2 and "409" in output
     assert http("GET", fleet.nodes[1].timeline_url(timeline.ttid))["mconf"]["generation"] == 3
+
+
+class Writer:
+    """A compute: leads under the newest configuration it can find, writes, and campaigns again when it is deposed."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self.committed = timeline.wal.end
+        self.generations: set[int] = set()
+        self.stop = False
+
+    async def run(self) -> None:
+        while not self.stop:
+            leader = await asyncio.to_thread(self._candidate)
+            if leader is None:
+                await asyncio.sleep(0.02)
+                continue
+            candidate, nodes = leader
+            try:
+                await candidate.elect(nodes)
+                while not self.stop:
+                    self._timeline.wal.records(5)
+                    await candidate.stream(self._timeline.wal.end)  # flushed by all of them, hence by quorums of both sets
+                    self.committed = max(self.committed, candidate.commit)
+                    self.generations.add(candidate.generation)
+            except (NeonError, OSError, AssertionError, TimeoutError):
+                pass  # deposed or refused: a new configuration is in force somewhere
+            finally:
+                candidate.leave()
+
+    def _candidate(self) -> tuple[ScriptedProposer, list[Node]] | None:
+        """A proposer and the members that follow the newest configuration, if those are quorums of it."""
+        ttid, found = self._timeline.ttid, {}
+        for node in self._timeline.fleet.nodes:
+            if present(node, ttid):
+                found[node] = node.status(ttid)["mconf"]
+        mconf = MembershipConfiguration.from_json(max(found.values(), key=lambda mconf: mconf["generation"]))
+        nodes = [node for node in found if mconf.contains(node.id)]
+        for node in nodes:  # what greetings do for a real proposer
+            with contextlib.suppress(OSError):
+                http("PUT", node.timeline_url(ttid, "/membership"), mconf.to_json())
+        if not is_quorum(voter_sets(mconf), {node.id for node in nodes}):
+            return None
+        return proposer(ttid, self._timeline.wal, mconf), nodes
+
+
+async def test_a_timeline_moves_there_and_back_while_a_compute_writes(fleet: Fleet, timeline: Timeline) -> None:
+    await timeline.fill()
+    writer = Writer(timeline)
+    writing = asyncio.create_task(writer.run())
+    try:
+        for target, generation in (("3,4,5", 3), ("1,2,4", 5)):
+            before = writer.committed
+            await until(lambda before=before: writer.committed > before, "writes before the change", 30)  # type: ignore[misc]
+            code, output = await asyncio.to_thread(timeline.run, "--to", target)
+            assert code == 0, output
+            assert timeline.row["generation"] == generation
+            await until(lambda generation=generation: generation in writer.generations, "writes under the final one", 30)  # type: ignore[misc]
+    finally:
+        writer.stop = True
+        await asyncio.wait_for(writing, 30)
+    committed = writer.committed
+    assert committed > START + SEGMENT
+    content = hashlib.sha256(timeline.wal.slice(START, committed)).hexdigest()
+    last = proposer(timeline.ttid, timeline.wal, MembershipConfiguration(5, members(*(fleet.nodes[i] for i in (0, 1, 3)))))
+    await last.elect([fleet.nodes[0], fleet.nodes[3]])  # any quorum has everything that was committed
+    assert last.term_start >= committed
+    await last.stream(max(committed, last.term_start))
+    last.leave()
+    assert {timeline.digest(number, committed) for number in (1, 4)} == {content}
+    assert [node.id for node in fleet.nodes if present(node, timeline.ttid)] == [1, 2, 4]
