@@ -191,6 +191,18 @@ def test_a_dead_member_is_replaced_and_excluded_when_it_comes_back() -> None:
     assert cluster.row == row(3, 2, 3, 4) and cluster.excluded == {1}
 
 
+def test_nobody_forgets_before_a_quorum_follows_the_final_configuration() -> None:
+    cluster = Cluster(row(3, 2, 3, 4, pending=(1,)), n1=(5, 5, 300), n2=(5, 5, 300), n3=(5, 5, 300), n4=(5, 5, 300))
+    cluster.generation = dict.fromkeys((1, 2, 3, 4), 2)
+    cluster.down = {2, 3}
+    with pytest.raises(TimeoutError, match="1 of 3 members follow generation 3"):
+        cluster.run(Migration().change(cluster.row))
+    assert 1 in cluster.nodes and not cluster.excluded
+    cluster.down = {3}
+    cluster.run(Migration().change(cluster.row))
+    assert cluster.excluded == {1} and cluster.row == row(3, 2, 3, 4)
+
+
 def test_who_comes_back_into_the_set_is_no_longer_to_be_excluded() -> None:
     cluster = three()
     cluster.down = {1}

@@ -14,6 +14,7 @@ import pytest
 from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.errors import Cancelled, CorruptionError, NeonError
 from neon_services.ground.http import serve
+from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import (
     NO_MEMBERSHIP,
@@ -29,7 +30,8 @@ from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.control_file import ControlFile
 from neon_services.safekeeper.http_api import HttpApi
 from neon_services.safekeeper.manager import Manager
-from neon_services.safekeeper.pull_timeline import PullRequest, TimelinePuller
+from neon_services.safekeeper.peer_client import PeerClient, PeerStatus
+from neon_services.safekeeper.pull_timeline import PullFailed, PullRequest, TimelinePuller
 from neon_services.safekeeper.snapshot import Snapshot, SnapshotAborted, SnapshotRefused
 from neon_services.safekeeper.snapshot_tar import END_OF_ARCHIVE, Member, MemberEnd, TarReader, member_header, member_padding
 from neon_services.safekeeper.snapshot_unpack import SnapshotUnpacker, Unpacked, continuation_end
@@ -241,6 +243,18 @@ async def test_every_cut_and_every_kind_of_damage_is_refused(timelines: Timeline
         SnapshotUnpacker(tmp_path, replace(TTID, tenant_id=type(TTID.tenant_id)(b"z" * 16))).feed(data)
 
 
+async def test_wal_that_ends_before_its_commit_lsn_is_refused(timelines: Timelines, tmp_path: Path) -> None:
+    donor = create(timelines)
+    wal = WalMaker(START, SEGMENT).records(20)
+    append_all(SmallLeader(donor).elect(), wal, wal.end, wal.end)
+    state = donor.acceptor.state
+    beyond = replace(donor.control, acceptor=replace(state, commit_lsn=Lsn(wal.end + 0x100)))
+    with donor.hold_removal():
+        pieces = [piece async for piece in Snapshot(donor, beyond, START, wal.end).stream()]
+    with pytest.raises(CorruptionError, match="before commit_lsn"):
+        unpack(tmp_path / "copy", b"".join(pieces))
+
+
 def member(name: str, content: bytes) -> bytes:
     return member_header(name, len(content)) + content + member_padding(len(content))
 
@@ -386,6 +400,33 @@ async def test_a_full_disk_leaves_nothing(timelines: Timelines, tmp_path: Path, 
         assert calls == 1 and joiner.find(TTID) is None and list((tmp_path / "joiner" / "tmp").iterdir()) == []
         assert await puller.pull(PullRequest(TTID, (f"http://{host}:{port}",))) == f"http://{host}:{port}"
         assert joiner.get(TTID).store.flush_lsn == wal.end
+    finally:
+        joiner.close()
+        await runner.cleanup()
+
+
+async def test_a_copy_that_is_older_than_the_donors_status_is_refused(
+    timelines: Timelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = create(timelines)
+    wal = WalMaker(START, SEGMENT).records(20)
+    append_all(SmallLeader(donor).elect(), wal, wal.end)
+    config = SafekeeperConfig(tmp_path, 1, ("127.0.0.1", 0), ("127.0.0.1", 0), "", "")
+    runner = await serve(HttpApi(config, timelines).application(), "127.0.0.1", 0)
+    request = PullRequest(TTID, ("http://{}:{}".format(*runner.addresses[0][:2]),))
+    (tmp_path / "joiner").mkdir()
+    joiner = Timelines(tmp_path / "joiner", 2, sync=False)
+    real = PeerClient.status
+
+    async def before_it_went_back(self: PeerClient, ttid: TenantTimelineId) -> PeerStatus:
+        return replace(await real(self, ttid), flush_lsn=Lsn(wal.end + 8))
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(PeerClient, "status", before_it_went_back)
+            with pytest.raises(PullFailed, match="went back"):
+                await TimelinePuller(joiner, 2, sync=False).pull(request)
+        assert joiner.find(TTID) is None and list((tmp_path / "joiner" / "tmp").iterdir()) == []
     finally:
         joiner.close()
         await runner.cleanup()
