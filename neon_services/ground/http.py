@@ -55,8 +55,10 @@ async def error_middleware(
 async def read_json_object(request: web.Request) -> dict[str, Any]:
     """The request's body as a JSON object. Raises ApiError 400 that says what is wrong with it."""
     try:
-        body = json.loads(await request.text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        body = json.loads(await request.read())
+    except RecursionError as error:
+        raise ApiError(400, "the body is not JSON that is fit to read: it is nested too deeply") from error
+    except ValueError as error:  # bad JSON, bad UTF-8, a number with thousands of digits
         raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise ApiError(400, f"the body must be a JSON object, not {type(body).__name__}")

@@ -87,12 +87,13 @@ class MembershipConfiguration:
             raise ValueError("a membership configuration is an object with generation, members and new_members")
 
         def members(name: str) -> tuple[SafekeeperId, ...]:
-            try:
-                found = tuple(SafekeeperId(int(m["id"]), str(m["host"]), int(m["pg_port"])) for m in value[name])
-            except (KeyError, TypeError, ValueError):
+            listed = value[name]
+            if not isinstance(listed, list) or len(listed) > MAX_MEMBERS or not all(_is_member(m) for m in listed):
                 raise ValueError(
-                    f"{name} of a membership configuration is a list of objects with id, host and pg_port"
-                ) from None
+                    f"{name} of a membership configuration is a list of at most {MAX_MEMBERS} objects with id (number), "
+                    f"host (text) and pg_port (number)"
+                )
+            found = tuple(SafekeeperId(m["id"], m["host"], m["pg_port"]) for m in listed)
             _check_members(found, ValueError)
             return found
 
@@ -109,12 +110,21 @@ class MembershipConfiguration:
 NO_MEMBERSHIP = MembershipConfiguration()
 
 
+def _is_member(value: Any) -> bool:
+    return isinstance(value, dict) and (type(value.get("id")), type(value.get("host")), type(value.get("pg_port"))) == (
+        int,
+        str,
+        int,
+    )
+
+
 def _check_members(members: tuple[SafekeeperId, ...], error: type[Exception]) -> None:
     ids = [member.node_id for member in members]
     if len(set(ids)) != len(ids):
         raise error(f"a safekeeper is named twice in a membership set: {ids}")
     for member in members:
-        if not 0 <= member.node_id < 1 << 64 or not 0 <= member.pg_port < 1 << 16 or "\0" in member.host:
+        host = member.host
+        if not 0 <= member.node_id < 1 << 64 or not 0 <= member.pg_port < 1 << 16 or not host.isprintable() or len(host) > 255:
             raise error(f"impossible member {member}")
 
 

@@ -21,4 +21,5 @@ class SafekeeperConfig:
     control_file_save_interval_s: float = 300.0
     periodic_broker_push: bool = True
     walsenders_keep_horizon: bool = False
+    peer_recovery: bool = False
     sync: bool = True

@@ -1,6 +1,7 @@
 """Who is connected to a timeline: proposers, readers, other members; and what their feedback adds up to."""
 
 import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from neon_services.ground.lsn import INVALID_LSN, Lsn, format_lsn
 from neon_services.ground.pgtime import to_datetime
 from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.replication_stream import StandbyStatus
-from neon_services.protocols.safekeeper_messages import NO_STANDBY_FEEDBACK, HotStandbyFeedback
+from neon_services.protocols.safekeeper_messages import NO_STANDBY_FEEDBACK, AcceptorMessage, HotStandbyFeedback
 
 _connection_ids = itertools.count(1)
 
@@ -23,10 +24,11 @@ def next_connection_id() -> int:
 
 @dataclass(slots=True)
 class WalReceiverState:
-    """One proposer's connection. ``send`` writes one CopyData message to it."""
+    """One proposer's connection. ``send`` writes one CopyData message to it, in the layout that ``pack`` makes."""
 
     send: Callable[[bytes], None]
     close: Callable[[str], None]
+    pack: Callable[[AcceptorMessage], bytes] = operator.methodcaller("pack")
     conn_id: int = field(default_factory=next_connection_id)
     proposer: ProposerConnection = field(default_factory=ProposerConnection)
 

@@ -13,16 +13,29 @@ from neon_services.consensus.acceptor import AcceptorState, PeerInfo
 from neon_services.ground.errors import Cancelled, StaleGeneration
 from neon_services.ground.http import ApiError, json_response, make_application, optional_field, read_json_object, require_field
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
-from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn, format_lsn, parse_lsn
-from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP, MembershipConfiguration
+from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn, format_lsn
+from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP
+from neon_services.safekeeper.admin_api import AdminApi
 from neon_services.safekeeper.config import SafekeeperConfig
+from neon_services.safekeeper.http_fields import (
+    TIMELINE_PATH,
+    flag_parameter,
+    mconf_field,
+    number_field,
+    parse_id,
+    parse_lsn_field,
+    ttid_field,
+    ttid_of,
+)
+from neon_services.safekeeper.membership_api import MembershipApi
+from neon_services.safekeeper.openapi import document
+from neon_services.safekeeper.pull_timeline import NotMember, PullFailed
+from neon_services.safekeeper.snapshot import SnapshotAborted, SnapshotRefused
 from neon_services.safekeeper.status import disk_content, memory_dump, now_text, timeline_status, wal_last_modified
-from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import TimelineBroken, TimelineDeleted, TimelineNotFound, Timelines
 from neon_services.safekeeper.wal_reader import WalNotHere
 
 DIGEST_CHUNK_BYTES = 1024 * 1024
-_TIMELINE = "/v1/tenant/{tenant_id}/timeline/{timeline_id}"
 Endpoint = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -33,40 +46,16 @@ async def _status_of_errors(request: web.Request, handler: Endpoint) -> web.Stre
         return await handler(request)
     except (TimelineNotFound, WalNotHere) as error:
         raise ApiError(404, str(error)) from error
+    except NotMember as error:
+        raise ApiError(403, str(error)) from error
     except (TimelineDeleted, StaleGeneration) as error:
         raise ApiError(409, str(error)) from error
+    except (PullFailed, SnapshotRefused, SnapshotAborted) as error:
+        raise ApiError(412, str(error)) from error
     except TimelineBroken as error:
         raise ApiError(500, str(error)) from error
     except Cancelled as error:
         raise ApiError(503, str(error)) from error
-
-
-def _id(kind: Any, text: str, field: str) -> Any:
-    try:
-        return kind.parse(text)
-    except ValueError as error:
-        raise ApiError(400, f"{field}: {error}") from error
-
-
-def _lsn(text: str, field: str) -> Lsn:
-    try:
-        return parse_lsn(text)
-    except ValueError as error:
-        raise ApiError(400, f"{field}: {error}") from error
-
-
-def _number(body: dict[str, Any], name: str, bits: int, default: int | None = None) -> int:
-    value = require_field(body, name, int) if default is None else optional_field(body, name, int, default)
-    if not 0 <= value < 1 << bits:
-        raise ApiError(400, f"field {name!r} must be between 0 and {(1 << bits) - 1}, not {value}")
-    return value
-
-
-def _mconf(value: Any, field: str) -> MembershipConfiguration:
-    try:
-        return MembershipConfiguration.from_json(value)
-    except ValueError as error:
-        raise ApiError(400, f"{field}: {error}") from error
 
 
 class HttpApi:
@@ -75,12 +64,15 @@ class HttpApi:
     def __init__(self, config: SafekeeperConfig, timelines: Timelines) -> None:
         self._config = config
         self._timelines = timelines
+        self._membership = MembershipApi(config, timelines)
+        self._admin = AdminApi(config, timelines)
 
     def application(self) -> web.Application:
         """The aiohttp application."""
         application = make_application()
         application.middlewares.append(_status_of_errors)
         router = application.router
+        router.add_get("/v1/openapi.json", self.openapi)
         router.add_get("/v1/status", self.status)
         router.add_get("/v1/utilization", self.utilization)
         router.add_get("/v1/debug/filesystem_usage", self.filesystem_usage)
@@ -88,25 +80,20 @@ class HttpApi:
         router.add_post("/v1/tenant/timeline", self.create_timeline)
         router.add_get("/v1/tenant/timeline", self.list_timelines)
         router.add_delete("/v1/tenant/{tenant_id}", self.delete_tenant)
-        router.add_get(_TIMELINE, self.timeline_status)
-        router.add_delete(_TIMELINE, self.delete_timeline)
-        router.add_put(_TIMELINE + "/membership", self.membership)
-        router.add_post(_TIMELINE + "/term_bump", self.term_bump)
-        router.add_post(_TIMELINE + "/checkpoint", self.checkpoint)
-        router.add_get(_TIMELINE + "/digest", self.digest)
+        router.add_get(TIMELINE_PATH, self.timeline_status)
+        router.add_delete(TIMELINE_PATH, self.delete_timeline)
+        self._membership.add_routes(router)
+        self._admin.add_routes(router)
+        router.add_post(TIMELINE_PATH + "/checkpoint", self.checkpoint)
+        router.add_get(TIMELINE_PATH + "/digest", self.digest)
         router.add_post("/v1/record_safekeeper_info/{tenant_id}/{timeline_id}", self.record_safekeeper_info)
         return application
 
-    def _ttid(self, request: web.Request) -> TenantTimelineId:
-        return TenantTimelineId(
-            _id(TenantId, request.match_info["tenant_id"], "tenant_id"),
-            _id(TimelineId, request.match_info["timeline_id"], "timeline_id"),
-        )
-
-    def _timeline(self, request: web.Request) -> Timeline:
-        return self._timelines.get(self._ttid(request))
-
     # -- the process
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        """GET /v1/openapi.json."""
+        return json_response(document())
 
     async def status(self, _: web.Request) -> web.Response:
         """GET /v1/status."""
@@ -161,27 +148,24 @@ class HttpApi:
     async def create_timeline(self, request: web.Request) -> web.Response:
         """POST /v1/tenant/timeline; an existing timeline is fine."""
         body = await read_json_object(request)
-        ttid = TenantTimelineId(
-            _id(TenantId, require_field(body, "tenant_id", str), "tenant_id"),
-            _id(TimelineId, require_field(body, "timeline_id", str), "timeline_id"),
-        )
-        mconf = _mconf(body["mconf"], "mconf") if body.get("mconf") is not None else NO_MEMBERSHIP
+        ttid = ttid_field(body)
+        mconf = mconf_field(body["mconf"], "mconf") if body.get("mconf") is not None else NO_MEMBERSHIP
         if mconf.generation and not mconf.contains(self._config.node_id):
             raise ApiError(403, f"mconf: safekeeper {self._config.node_id} is not a member of it")
-        start_lsn = _lsn(require_field(body, "start_lsn", str), "start_lsn")
+        start_lsn = parse_lsn_field(require_field(body, "start_lsn", str), "start_lsn")
         commit = optional_field(body, "commit_lsn", str)
-        commit_lsn = start_lsn if commit is None else _lsn(commit, "commit_lsn")
+        commit_lsn = start_lsn if commit is None else parse_lsn_field(commit, "commit_lsn")
         if start_lsn == INVALID_LSN:
             raise ApiError(400, "start_lsn: a timeline cannot begin at 0/0")
         if commit_lsn < start_lsn:
             raise ApiError(400, f"commit_lsn: {format_lsn(commit_lsn)} is before start_lsn {format_lsn(start_lsn)}")
-        segment_size = _number(body, "wal_seg_size", 32, WAL_SEGMENT_SIZE)
+        segment_size = number_field(body, "wal_seg_size", 32, WAL_SEGMENT_SIZE)
         if not 1 << 20 <= segment_size <= 1 << 30 or segment_size & (segment_size - 1):
             raise ApiError(400, f"wal_seg_size: {segment_size} is not a power of two between 1 MiB and 1 GiB")
         state = AcceptorState.create(
             mconf,
-            pg_version=_number(body, "pg_version", 32),
-            system_id=_number(body, "system_id", 64, 0),
+            pg_version=number_field(body, "pg_version", 32),
+            system_id=number_field(body, "system_id", 64, 0),
             wal_seg_size=segment_size,
             start_lsn=start_lsn,
             commit_lsn=commit_lsn,
@@ -196,60 +180,35 @@ class HttpApi:
 
     async def timeline_status(self, request: web.Request) -> web.Response:
         """GET one timeline."""
-        return json_response(timeline_status(self._timeline(request), self._config.heartbeat_timeout_s))
+        return json_response(timeline_status(self._timelines.get(ttid_of(request)), self._config.heartbeat_timeout_s))
 
     async def delete_timeline(self, request: web.Request) -> web.Response:
         """DELETE one timeline. There is no remote WAL yet, so ``only_local`` makes no difference."""
-        _flag(request.query, "only_local")
-        return json_response({"dir_existed": self._timelines.delete(self._ttid(request))})
+        flag_parameter(request.query, "only_local")
+        return json_response({"dir_existed": self._timelines.delete(ttid_of(request))})
 
     async def delete_tenant(self, request: web.Request) -> web.Response:
         """DELETE all timelines of a tenant."""
-        _flag(request.query, "only_local")
-        removed = self._timelines.delete_tenant(_id(TenantId, request.match_info["tenant_id"], "tenant_id"))
+        flag_parameter(request.query, "only_local")
+        removed = self._timelines.delete_tenant(parse_id(TenantId, request.match_info["tenant_id"], "tenant_id"))
         return json_response({str(timeline_id): {"dir_existed": existed} for timeline_id, existed in removed.items()})
 
     # -- one timeline's state
 
-    async def membership(self, request: web.Request) -> web.Response:
-        """PUT membership: follow a newer configuration."""
-        mconf = _mconf(await read_json_object(request), "configuration")
-        timeline = self._timeline(request)
-        if not mconf.contains(self._config.node_id):
-            raise ApiError(403, f"safekeeper {self._config.node_id} is not a member of generation {mconf.generation}")
-        acceptor = timeline.acceptor
-        previous = timeline.run(acceptor.membership_switch(mconf))
-        return json_response(
-            {
-                "previous_conf": previous.to_json(),
-                "current_conf": acceptor.state.mconf.to_json(),
-                "last_log_term": acceptor.last_log_term,
-                "flush_lsn": format_lsn(acceptor.flush_lsn),
-            }
-        )
-
-    async def term_bump(self, request: web.Request) -> web.Response:
-        """POST term_bump: depose whoever leads."""
-        body = await read_json_object(request) if request.can_read_body else {}
-        term = _number(body, "term", 64) if body.get("term") is not None else None
-        timeline = self._timeline(request)
-        previous, current = timeline.run(timeline.acceptor.term_bump(term))
-        return json_response({"previous_term": previous, "current_term": current})
-
     async def checkpoint(self, request: web.Request) -> web.Response:
         """POST checkpoint: save the control file."""
-        timeline = self._timeline(request)
+        timeline = self._timelines.get(ttid_of(request))
         timeline.run(timeline.acceptor.persist_volatile())
         return json_response(None)
 
     async def digest(self, request: web.Request) -> web.Response:
         """GET digest: SHA-256 of the WAL bytes of a range."""
-        timeline = self._timeline(request)
+        timeline = self._timelines.get(ttid_of(request))
         lsns = []
         for name in ("from_lsn", "until_lsn"):
             if name not in request.query:
                 raise ApiError(400, f"query parameter {name!r} is missing")
-            lsns.append(_lsn(request.query[name], name))
+            lsns.append(parse_lsn_field(request.query[name], name))
         from_lsn, until_lsn = lsns
         if from_lsn > until_lsn:
             raise ApiError(400, f"from_lsn {format_lsn(from_lsn)} is after until_lsn {format_lsn(until_lsn)}")
@@ -274,11 +233,11 @@ class HttpApi:
         body = await read_json_object(request)
 
         def lsn(name: str) -> Lsn:
-            return _lsn(require_field(body, name, str), name)
+            return parse_lsn_field(require_field(body, name, str), name)
 
-        self._timeline(request).learn(
+        self._timelines.get(ttid_of(request)).learn(
             PeerInfo(
-                last_log_term=_number(body, "last_log_term", 64, 0),
+                last_log_term=number_field(body, "last_log_term", 64, 0),
                 commit_lsn=lsn("commit_lsn"),
                 backup_lsn=lsn("backup_lsn"),
                 remote_consistent_lsn=lsn("remote_consistent_lsn"),
@@ -288,27 +247,18 @@ class HttpApi:
         return json_response(None)
 
 
-def _flag(query: Any, name: str, default: bool = False) -> bool:
-    value = query.get(name)
-    if value is None:
-        return default
-    if value not in ("true", "false"):
-        raise ApiError(400, f"query parameter {name!r} must be true or false, not {value!r}")
-    return value == "true"
-
-
 class _DumpQuery:
     """What a debug dump is to contain."""
 
     def __init__(self, query: Any) -> None:
-        everything = _flag(query, "dump_all")
-        self.control_file = _flag(query, "dump_control_file", everything)
-        self.memory = _flag(query, "dump_memory", everything)
-        self.disk_content = _flag(query, "dump_disk_content", everything)
-        self.term_history = _flag(query, "dump_term_history", True)
-        self.wal_last_modified = _flag(query, "dump_wal_last_modified", everything)
-        self._tenant_id = _id(TenantId, query["tenant_id"], "tenant_id") if "tenant_id" in query else None
-        self._timeline_id = _id(TimelineId, query["timeline_id"], "timeline_id") if "timeline_id" in query else None
+        everything = flag_parameter(query, "dump_all")
+        self.control_file = flag_parameter(query, "dump_control_file", everything)
+        self.memory = flag_parameter(query, "dump_memory", everything)
+        self.disk_content = flag_parameter(query, "dump_disk_content", everything)
+        self.term_history = flag_parameter(query, "dump_term_history", True)
+        self.wal_last_modified = flag_parameter(query, "dump_wal_last_modified", everything)
+        self._tenant_id = parse_id(TenantId, query["tenant_id"], "tenant_id") if "tenant_id" in query else None
+        self._timeline_id = parse_id(TimelineId, query["timeline_id"], "timeline_id") if "timeline_id" in query else None
 
     def wants(self, ttid: TenantTimelineId) -> bool:
         """Whether the timeline belongs into the dump."""

@@ -43,7 +43,6 @@ class _LaterOption:
 _LATER = (
     _LaterOption("--listen-pg-tenant-only", ("",)),
     _LaterOption("--listen-https", ("",)),
-    _LaterOption("--peer-recovery", ("false",)),
     _LaterOption("--max-reelect-offloader-lag-bytes", ("0",)),
     _LaterOption("--max-timeline-disk-usage-bytes", ("0",)),
     _LaterOption("--max-global-disk-usage-ratio", ("0", "0.0")),
@@ -95,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--broker-keepalive-interval", default="5000ms", metavar="DURATION")
     add("--heartbeat-timeout", default="5000ms", metavar="DURATION", help="a peer silent for longer is forgotten")
     add("--control-file-save-interval", default="300s", metavar="DURATION", help="how long progress may stay unsaved")
+    add("--peer-recovery", default="false", metavar="true|false", help="catch up from peers while no compute streams")
     add("--disable-periodic-broker-push", action="store_true")
     add("--walsenders-keep-horizon", action="store_true", help="keep WAL that a connected pageserver has not received")
     add("--disable-wal-backup", action="store_true", help="do not upload WAL (there is no upload yet)")
@@ -134,6 +134,8 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
             raise ConfigError(f"{option} must be longer than 0")
         return value
 
+    if arguments.peer_recovery not in ("true", "false"):
+        raise ConfigError(f"--peer-recovery: {arguments.peer_recovery!r} is neither true nor false")
     parse_http_endpoint(arguments.broker_endpoint, what="--broker-endpoint")
     listen_pg = parse_host_port(arguments.listen_pg, what="--listen-pg")
     advertise_pg = arguments.advertise_pg or arguments.listen_pg
@@ -152,6 +154,7 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         control_file_save_interval_s=seconds("--control-file-save-interval"),
         periodic_broker_push=not arguments.disable_periodic_broker_push,
         walsenders_keep_horizon=arguments.walsenders_keep_horizon,
+        peer_recovery=arguments.peer_recovery == "true",
         sync=not arguments.no_sync,
     )
 

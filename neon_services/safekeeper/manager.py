@@ -101,6 +101,8 @@ class Manager:
             log.error("timeline %s: %s", timeline.ttid, error)
 
     def _remove_wal(self, timeline: Timeline) -> None:
+        if timeline.removal_holds:
+            return
         horizon = removal_horizon(timeline, walsenders_keep_horizon=self._walsenders_keep_horizon)
         last = horizon // timeline.segment_size - 1
         if last > timeline.removed_segment:

@@ -31,3 +31,12 @@ BROKER_ITERATION_TIMELINES = Histogram(
 )
 MANAGER_ITERATIONS = Counter("safekeeper_manager_iterations", "Times a timeline was looked at by the manager")
 MANAGER_ACTIVE_CHANGES = Counter("safekeeper_manager_active_changes", "Times a timeline became active or inactive")
+
+PULL_TIMELINE_ERRORS = Counter("safekeeper_recovery_pull_timeline_errors", "Failed pulls of timelines")
+PULL_TIMELINE_OKS = Counter("safekeeper_recovery_pull_timeline_oks", "Timelines pulled, or found here already")
+PULL_TIMELINE_SECONDS = Histogram(
+    "safekeeper_recovery_pull_timeline_seconds", "Seconds to pull a timeline", buckets=(0.1, 0.5, 1, 5, 10, 60, 300, 1800)
+)
+MISC_OPERATION_SECONDS = Histogram(
+    "safekeeper_misc_operation_seconds", "Seconds of operations on timelines", ["operation"], buckets=(*_FAST, 10, 60, 300)
+)

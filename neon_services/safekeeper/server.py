@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import shutil
+from pathlib import Path
 
 import prometheus_client
 
@@ -13,6 +15,7 @@ from neon_services.safekeeper.broker_loops import BrokerLoops
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.http_api import HttpApi
 from neon_services.safekeeper.manager import Manager
+from neon_services.safekeeper.peer_recovery import PeerRecovery
 from neon_services.safekeeper.timeline_metrics import TimelineCollector
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.wal_service import WalServiceHandler
@@ -38,6 +41,7 @@ class SafekeeperServer:
             # what a killed process wrote may still be in the page cache only, and it will be reported as flushed
             await asyncio.to_thread(sync_filesystem, config.datadir)
         self.timelines.load()
+        self.timelines.discard = lambda path: asyncio.get_running_loop().run_in_executor(None, _discard, path)
         log.info("loaded %d timelines, %d are broken", len(self.timelines.all()), len(self.timelines.broken))
         manager = Manager(
             self.timelines,
@@ -52,6 +56,8 @@ class SafekeeperServer:
             asyncio.create_task(manager.run(), name="manager"),
             asyncio.create_task(loops.run(), name="broker loops"),
         ]
+        if config.peer_recovery:
+            self._tasks.append(asyncio.create_task(PeerRecovery(config, self.timelines).run(), name="peer recovery"))
 
     async def _listen(self, option: str, address: tuple[str, int]) -> None:
         host, port = address
@@ -80,3 +86,10 @@ class SafekeeperServer:
         await self._pg.stop()
         await self._http.cleanup()
         await self._broker.close()
+
+
+def _discard(directory: Path) -> None:
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        log.error("deleting %s failed, it goes at the next start: %s", directory, error)

@@ -4,8 +4,9 @@ Invariant: acceptor, log and control file change only inside ``run``, which carr
 synchronously, on the event loop: so no lock is needed, and whoever is told of a change sees all of it.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +60,7 @@ class Timeline:
         #: Tell the broker once more although the timeline is not active: a peer does not know what we know.
         self.push_once = False
         self.removed_segment = 0  # the highest segment removed in this process's life
+        self.removal_holds = 0  # while above 0, no WAL is removed
         self.control_saved_at = time.monotonic()
         self.ps_feedback_count = 0
         self.ps_corruption_detected = False
@@ -147,6 +149,16 @@ class Timeline:
         start = self.acceptor.state.local_start_lsn
         return Lsn(max(start - start % self.segment_size, (self.removed_segment + 1) * self.segment_size))
 
+    @contextlib.contextmanager
+    def hold_removal(self) -> Iterator[None]:
+        """Keep all WAL that is here now: somebody reads what is needed by nobody else."""
+        self.removal_holds += 1
+        try:
+            yield
+        finally:
+            self.removal_holds -= 1
+            self.on_change(self)
+
     # -- feedback
 
     def pageserver_feedback(self, feedback: PageserverFeedback) -> None:
@@ -159,14 +171,11 @@ class Timeline:
         if feedback.remote_consistent_lsn > acceptor.remote_consistent_lsn:
             acceptor.remote_consistent_lsn = feedback.remote_consistent_lsn
             self.on_change(self)
-        answer: bytes | None = None
         for receiver in self.receivers.values():
             if acceptor.is_streaming(receiver.proposer):
-                if answer is None:
-                    response = acceptor.append_response()
-                    response.pageserver_feedback = feedback
-                    answer = response.pack()
-                receiver.send(answer)
+                response = acceptor.append_response()
+                response.pageserver_feedback = feedback
+                receiver.send(receiver.pack(response))
 
     def standby_feedback_changed(self) -> None:
         """A replica reported or left: what all of them need goes into the next answer to the compute."""

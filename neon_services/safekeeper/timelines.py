@@ -14,8 +14,9 @@ from pathlib import Path
 
 from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.durable import sync_directory
-from neon_services.ground.errors import CorruptionError, NeonError
+from neon_services.ground.errors import CorruptionError, NeonError, StaleGeneration
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
+from neon_services.protocols.safekeeper_messages import MembershipConfiguration
 from neon_services.safekeeper.control_file import ControlFile
 from neon_services.safekeeper.timeline import Timeline
 
@@ -55,6 +56,8 @@ class Timelines:
         self.broken: dict[TenantTimelineId, str] = {}
         self._tombstones: dict[TenantTimelineId | TenantId, _Tombstone] = {}
         self.on_change: Callable[[Timeline], None] = lambda _: None
+        #: Deletes the files of a timeline that is out of sight already; thousands of segments take their time.
+        self.discard: Callable[[Path], object] = shutil.rmtree
 
     def load(self) -> None:
         """Open everything in the data directory; a broken timeline is logged and kept apart. Raises OSError."""
@@ -111,26 +114,52 @@ class Timelines:
 
     def create(self, ttid: TenantTimelineId, state: AcceptorState) -> Timeline:
         """The timeline; a new one with this state when it is absent. Raises TimelineDeleted, TimelineBroken, OSError."""
+        existing = self.find_or_admit(ttid, state.mconf.generation)
+        if existing is not None:
+            return existing
+        staged = self.stage(ttid)
+        try:
+            ControlFile(ttid, state).save(staged, sync=self._sync)
+            return self.publish(ttid, staged, state.mconf.generation)
+        except OSError:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+
+    def find_or_admit(self, ttid: TenantTimelineId, generation: int) -> Timeline | None:
+        """The timeline, or None when one of this generation may be made. Raises TimelineDeleted or TimelineBroken."""
         existing = self._timelines.get(ttid)
         if existing is not None:
             return existing
         if ttid in self.broken:
             return self.get(ttid)
-        self._check_tombstones(ttid, state.mconf.generation)
+        self._check_tombstones(ttid, generation)
+        return None
+
+    def stage(self, ttid: TenantTimelineId) -> Path:
+        """A new directory in tmp/ for the timeline's files; what is left there goes at the next start. Raises OSError."""
         staged = self._datadir / TEMPORARY_DIRECTORY / f"{ttid.tenant_id}_{ttid.timeline_id}_{os.urandom(4).hex()}_temptli"
         staged.mkdir(parents=True)
-        try:
-            ControlFile(ttid, state).save(staged, sync=self._sync)
-            directory = self.directory_of(ttid)
-            directory.parent.mkdir(exist_ok=True)
-            staged.rename(directory)
-        except OSError:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
+        return staged
+
+    def publish(self, ttid: TenantTimelineId, staged: Path, generation: int) -> Timeline:
+        """Make a staged directory, whole and synced, the timeline. One that came first wins: then the staged one stays.
+
+        Raises TimelineDeleted, TimelineBroken, OSError, CorruptionError.
+        """
+        existing = self.find_or_admit(ttid, generation)
+        if existing is not None:
+            return existing
+        directory = self.directory_of(ttid)
+        directory.parent.mkdir(exist_ok=True)
+        staged.rename(directory)
         if self._sync:
             sync_directory(directory.parent)
             sync_directory(self._datadir)
-        timeline = Timeline.open(self._node_id, directory, sync=self._sync)
+        try:
+            timeline = Timeline.open(self._node_id, directory, sync=self._sync)
+        except (OSError, NeonError) as error:
+            self.broken[ttid] = str(error)
+            raise
         timeline.on_change = self._changed
         self._timelines[ttid] = timeline
         self._tombstones.pop(ttid, None)
@@ -151,11 +180,50 @@ class Timelines:
             elif tombstone.generation is None or generation <= tombstone.generation:
                 raise TimelineDeleted(f"timeline {ttid} was deleted from this safekeeper and cannot be created again yet")
 
+    def replace_control(self, ttid: TenantTimelineId, control: ControlFile) -> None:
+        """Give the timeline another control file and open it anew; its connections end. Raises NeonError, OSError."""
+        timeline = self.get(ttid)
+        del self._timelines[ttid]
+        directory = self.directory_of(ttid)
+        try:
+            timeline.close(f"the control file of timeline {ttid} is replaced")
+            control.save(directory, sync=self._sync)
+        finally:
+            self._load_one(ttid, directory)
+        self.get(ttid)
+
     # -- deleting
 
     def delete(self, ttid: TenantTimelineId) -> bool:
         """Remove the timeline and remember it. Whether there was anything to remove. Raises OSError."""
-        self._bury(ttid)
+        self._bury(ttid, None)
+        return self._remove(ttid)
+
+    def exclude(self, ttid: TenantTimelineId, mconf: MembershipConfiguration) -> bool:
+        """Remove the local copy of a timeline in whose configuration this node is not, and remember the generation.
+
+        Whether there was anything to remove. Raises StaleGeneration when this node knows a newer configuration, TimelineBroken
+        when it cannot tell, OSError.
+        """
+        if ttid in self.broken:
+            self.get(ttid)
+        timeline = self._timelines.get(ttid)
+        if timeline is not None:
+            known = timeline.acceptor.state.mconf
+            if known.generation > mconf.generation:
+                raise StaleGeneration(
+                    f"timeline {ttid} follows membership generation {known.generation} here, "
+                    f"which is newer than {mconf.generation}: not excluded"
+                )
+            if known.generation == mconf.generation and known.contains(self._node_id):
+                raise StaleGeneration(
+                    f"timeline {ttid}: safekeeper {self._node_id} is a member in the generation {known.generation} known here; "
+                    f"two configurations claim that generation: not excluded"
+                )
+        self._bury(ttid, mconf.generation)
+        return self._remove(ttid)
+
+    def _remove(self, ttid: TenantTimelineId) -> bool:
         timeline = self._timelines.pop(ttid, None)
         if timeline is not None:
             try:
@@ -172,13 +240,13 @@ class Timelines:
         directory.rename(grave)
         if self._sync:
             sync_directory(directory.parent)
-        shutil.rmtree(grave)
+        self.discard(grave)
         log.info("deleted timeline %s", ttid)
         return True
 
     def delete_tenant(self, tenant_id: TenantId) -> dict[TimelineId, bool]:
         """Remove all timelines of a tenant; for each, whether there was anything to remove."""
-        self._bury(tenant_id)
+        self._bury(tenant_id, None)
         ttids = {ttid for ttid in (*self._timelines, *self.broken) if ttid.tenant_id == tenant_id}
         removed = {ttid.timeline_id: self.delete(ttid) for ttid in sorted(ttids)}
         directory = self._datadir / str(tenant_id)
@@ -186,8 +254,14 @@ class Timelines:
             directory.rmdir()
         return removed
 
-    def _bury(self, key: TenantTimelineId | TenantId) -> None:
-        self._tombstones[key] = _Tombstone(None, self._clock() + TOMBSTONE_LIFE_S)
+    def _bury(self, key: TenantTimelineId | TenantId, generation: int | None) -> None:
+        """Leave a tombstone; the stronger of two stays, for its own time."""
+        known = self._tombstones.get(key)
+        if known is not None and generation is not None and known.until > self._clock():
+            if known.generation is None:
+                return
+            generation = max(generation, known.generation)
+        self._tombstones[key] = _Tombstone(generation, self._clock() + TOMBSTONE_LIFE_S)
 
     def close(self) -> None:
         """Save what is known and end everything; called once at shutdown."""

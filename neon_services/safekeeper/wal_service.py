@@ -15,10 +15,11 @@ from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
 from neon_services.protocols import pgwire
 from neon_services.protocols.pgserver import EndConnection, ServerConnection
 from neon_services.protocols.safekeeper_messages import PROTOCOL_VERSION
+from neon_services.protocols.safekeeper_messages_v2 import PROTOCOL_VERSION_2
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
-from neon_services.safekeeper.walreceiver import WalReceiver
+from neon_services.safekeeper.walreceiver import V2, V3, WalReceiver
 from neon_services.safekeeper.walsender import WalSender
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,8 @@ def parse_wal_push_options(sql: str) -> tuple[int, bool]:
     """(protocol version, may the timeline be created) of a START_WAL_PUSH command. Raises ServerError."""
     options = dict(_OPTION.findall(sql))
     version = options.get("proto_version", "2")
-    if version not in ("2", str(PROTOCOL_VERSION)):
-        raise pgwire.ServerError("XX000", f"unsupported protocol version {version}: this safekeeper speaks 3")
-    if version == "2":
-        raise pgwire.ServerError(
-            "0A000", "safekeeper protocol 2 is not supported yet: use START_WAL_PUSH (proto_version '3', ...)"
-        )
+    if version not in (str(PROTOCOL_VERSION_2), str(PROTOCOL_VERSION)):
+        raise pgwire.ServerError("XX000", f"unsupported protocol version {version}: this safekeeper speaks 2 and 3")
     creation = options.get("allow_timeline_creation", "true")
     if creation not in ("true", "false"):
         raise pgwire.ServerError("XX000", f"allow_timeline_creation must be 'true' or 'false', not {creation!r}")
@@ -94,8 +91,9 @@ class WalServiceHandler:
     # -- commands
 
     async def _start_wal_push(self, sql: str) -> None:
-        _, allow_creation = parse_wal_push_options(sql)
-        receiver = WalReceiver(self._timelines, self._connection, self._ttid(), allow_creation=allow_creation)
+        version, allow_creation = parse_wal_push_options(sql)
+        codec = V2 if version == PROTOCOL_VERSION_2 else V3
+        receiver = WalReceiver(self._timelines, self._connection, self._ttid(), codec, allow_creation=allow_creation)
         self._receiver = receiver
         receiver.start()
         while True:

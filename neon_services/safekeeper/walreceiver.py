@@ -7,14 +7,23 @@ batch. Invariant: what was written is in the kernel before the receive buffer is
 
 import asyncio
 import logging
+import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.errors import Cancelled, NeonError, ProtocolViolation
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import format_lsn
+from neon_services.protocols import safekeeper_messages_v2 as v2
 from neon_services.protocols.pgserver import ServerConnection
-from neon_services.protocols.safekeeper_messages import ProposerElected, ProposerGreeting, parse_proposer_message
+from neon_services.protocols.safekeeper_messages import (
+    AcceptorMessage,
+    ProposerElected,
+    ProposerGreeting,
+    ProposerMessage,
+    parse_proposer_message,
+)
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.connections import WalReceiverState
 from neon_services.safekeeper.timeline import Timeline
@@ -23,18 +32,36 @@ from neon_services.safekeeper.timelines import TimelineNotFound, Timelines
 log = logging.getLogger(__name__)
 
 
+class Codec(NamedTuple):
+    """How a version of the protocol reads what proposers send and writes the answers."""
+
+    parse: Callable[[memoryview], ProposerMessage]
+    pack: Callable[[AcceptorMessage], bytes]
+
+
+V2 = Codec(v2.parse_proposer_message, v2.pack_acceptor_message)
+V3 = Codec(parse_proposer_message, operator.methodcaller("pack"))
+
+
 class WalReceiver:
     """Handles the messages of one proposer. ``close`` must be called when the connection is gone."""
 
     def __init__(
-        self, timelines: Timelines, connection: ServerConnection, ttid: TenantTimelineId, *, allow_creation: bool
+        self,
+        timelines: Timelines,
+        connection: ServerConnection,
+        ttid: TenantTimelineId,
+        codec: Codec = V3,
+        *,
+        allow_creation: bool,
     ) -> None:
         self._timelines = timelines
         self._connection = connection
         self._ttid = ttid
         self._allow_creation = allow_creation
         self._timeline: Timeline | None = None
-        self._state = WalReceiverState(send=connection.send_copy_data, close=self._end)
+        self._parse, self._pack = codec
+        self._state = WalReceiverState(send=connection.send_copy_data, close=self._end, pack=codec.pack)
         self._wrote = False
         self._clock = asyncio.get_running_loop().time
         #: When the last message came, by the event loop's clock.
@@ -81,7 +108,7 @@ class WalReceiver:
 
     def _on_message(self, view: memoryview | None) -> None:
         assert view is not None
-        message = parse_proposer_message(view)
+        message = self._parse(view)
         timeline = self._timeline
         if timeline is None:
             if not isinstance(message, ProposerGreeting):
@@ -91,7 +118,7 @@ class WalReceiver:
             raise Cancelled(f"timeline {self._ttid} is being deleted or shut down")
         self._wrote = True
         for reply in timeline.run(timeline.acceptor.handle(self._state.proposer, message)):
-            self._connection.send_copy_data(reply.pack())
+            self._connection.send_copy_data(self._pack(reply))
         if isinstance(message, ProposerElected) and timeline.acceptor.is_streaming(self._state.proposer):
             start = format_lsn(message.start_streaming_at)
             log.info(
@@ -122,7 +149,7 @@ class WalReceiver:
             return
         self._wrote = False
         for reply in timeline.run(timeline.acceptor.flush_batch(self._state.proposer)):
-            self._connection.send_copy_data(reply.pack())
+            self._connection.send_copy_data(self._pack(reply))
         timeline.store.write_out()
 
     def close(self) -> None:

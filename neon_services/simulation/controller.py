@@ -1,48 +1,84 @@
-"""The control plane of the simulation: moves a timeline from one set of safekeepers to another while everything else goes on.
+"""The control plane of the simulation: drives the production's membership change while everything else goes on.
 
-Invariant of the algorithm: the final configuration is stored only when a quorum of the new set, under the joint configuration,
-has at least the log and the term that some quorum of the old set had after it had joined. The stored row is compared and set;
-the process may die after any step, and the next one goes on from the row.
+The stored row is compared and set; the process may die between any two steps, and the next one goes on from the row, or
+aborts. Answers travel: a member may have changed by the time its answer is looked at.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from neon_services.consensus.membership import quorum_size
+from neon_services.consensus.migration import (
+    BumpTerm,
+    CompareAndSet,
+    Effect,
+    Exclude,
+    Migration,
+    MigrationConflict,
+    PullTimeline,
+    Row,
+    Standing,
+    SwitchMembership,
+    TellCompute,
+)
+from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, SafekeeperId
 
 if TYPE_CHECKING:
     from neon_services.simulation.safekeeper import SimulatedSafekeeper
     from neon_services.simulation.world import World
 
-Position = tuple[int, int]  # (last_log_term, flush_lsn)
+ABORTS = 0.1
+LATE_ANSWERS = 0.3
 
 
 class SimulatedController:
     """One store, and at most one process at a time."""
 
+    #: The algorithm; planted bugs replace it.
+    algorithm: type[Migration] = Migration
+
     def __init__(self, world: "World", row: MembershipConfiguration) -> None:
         self.world = world
-        self.row = row
+        self.stored = Row(row)
         self.process: Iterator[int] | None = None
+
+    @property
+    def row(self) -> MembershipConfiguration:
+        """The configuration in the store."""
+        return self.stored.mconf
 
     # -- the process and its deaths
 
     def act(self) -> None:
-        """Start a change or go on with the one in the row; or die."""
+        """Start a change, go on with the one in the row, or abort it; or die."""
+        world = self.world
         if self.process is None:
-            self.process = self._change()
-            self._continue(self.process)
-        elif self.world.random.random() < 0.3:
-            self.world.trace("the controller dies")
+            migration = self.algorithm(self._shuffled)
+            if self.row.new_members is not None and world.random.random() < ABORTS:
+                self._start(migration.abort(self.stored))
+            else:
+                self._start(migration.change(self.stored, None if self.row.new_members else self._draw()))
+        elif world.random.random() < 0.3:
+            world.trace("the controller dies")
             self.process = None
 
     def finish(self) -> None:
         """Only go on with a change that was begun, or with telling everybody of the last one."""
         if self.process is None:
-            everybody = tuple(SafekeeperId(node.node_id, str(node), 5454) for node in self.world.nodes)
-            self.process = self._spread(self.row, everybody) if self.row.new_members is None else self._change()
-            self._continue(self.process)
+            self._start(self.algorithm(self._shuffled).change(self.stored))
+
+    def _draw(self) -> tuple[SafekeeperId, ...]:
+        chosen = self.world.random.sample(range(len(self.world.nodes)), len(self.row.members))
+        return tuple(SafekeeperId(i + 1, f"s{i + 1}", 5454) for i in sorted(chosen))
+
+    def _shuffled(self, members: Sequence[SafekeeperId]) -> list[SafekeeperId]:
+        found = list(members)
+        self.world.random.shuffle(found)
+        return found
+
+    def _start(self, steps: Generator[Effect, Any, Row]) -> None:
+        self.process = self._drive(steps)
+        self._continue(self.process)
 
     def _continue(self, process: Iterator[int]) -> None:
         if process is self.process:
@@ -52,89 +88,78 @@ class SimulatedController:
             else:
                 self.world.after(delay_us, self._continue, process)
 
-    # -- steps
+    def _drive(self, steps: Generator[Effect, Any, Row]) -> Iterator[int]:
+        """Carry out one effect after another, with the delays of a network before each, and after some."""
+        outcome: Any = None
+        while True:
+            try:
+                effect = steps.send(outcome)
+            except StopIteration:
+                return
+            except MigrationConflict as conflict:
+                self.world.trace("the controller gives up: %s", conflict)
+                return
+            if not isinstance(effect, TellCompute):  # computes look at the row when they start
+                yield self.world.delay_us()
+            outcome = self._perform(effect)
+            if self.world.random.random() < LATE_ANSWERS:
+                yield self.world.delay_us()
 
-    def nodes(self, members: tuple[SafekeeperId, ...]) -> list["SimulatedSafekeeper"]:
-        """The nodes of a set, in the order in which this round asks them."""
-        found = [self.world.nodes[member.node_id - 1] for member in members]
-        self.world.random.shuffle(found)
-        return found
+    # -- effects
 
-    def _store(self, expected: int, row: MembershipConfiguration) -> bool:
-        """Compare and set."""
-        if self.row.generation != expected:
+    def _perform(self, effect: Effect) -> Any:
+        if isinstance(effect, CompareAndSet):
+            return self._store(effect)
+        if isinstance(effect, SwitchMembership):
+            return self._switch(self._node(effect.node), effect.mconf)
+        if isinstance(effect, PullTimeline):
+            return self._pull(effect)
+        if isinstance(effect, BumpTerm):
+            node = self._node(effect.node)
+            return node.up and node.present and node.bump(effect.term)
+        if isinstance(effect, Exclude):
+            return self._exclude(effect)
+        return True  # waiting is the delay
+
+    def _node(self, member: SafekeeperId) -> "SimulatedSafekeeper":
+        return self.world.nodes[member.node_id - 1]
+
+    def _store(self, effect: CompareAndSet) -> bool:
+        if self.stored != effect.expected:
             return False
-        self.row = row
-        ids = [[m.node_id for m in members] for members in (row.members, row.new_members or ())]
-        self.world.trace("configuration %d: %s -> %s", row.generation, *ids)
+        before, self.stored = self.row, effect.row
+        ids = [[m.node_id for m in members] for members in (self.row.members, self.row.new_members or ())]
+        self.world.trace("configuration %d: %s -> %s", self.row.generation, *ids)
+        if before.new_members is not None and self.row.members == before.new_members:
+            self.world.stats.migrations += 1
         return True
 
-    def _change(self) -> Iterator[int]:
-        world, row = self.world, self.row
-        if row.new_members is None:
-            chosen = world.random.sample(range(len(world.nodes)), len(row.members))
-            target = tuple(SafekeeperId(i + 1, f"s{i + 1}", 5454) for i in sorted(chosen))
-            joint = MembershipConfiguration(row.generation + 1, row.members, target)
-            if not self._store(row.generation, joint):
-                return
-        joint = self.row
-        assert joint.new_members is not None
-        yield from self._prepare(joint)
-        final = MembershipConfiguration(joint.generation + 1, joint.new_members)
-        if not self._store(joint.generation, final):
-            return
-        world.stats.migrations += 1
-        yield from self._spread(final, joint.members)
+    def _switch(self, node: "SimulatedSafekeeper", mconf: MembershipConfiguration) -> Standing | None:
+        if not node.present or not node.switch(mconf) or not node.up:
+            return None
+        last_log_term, flush_lsn = node.position()
+        return Standing(node.acceptor.term, last_log_term, Lsn(flush_lsn))
 
-    def _prepare(self, joint: MembershipConfiguration) -> Iterator[int]:
-        """Make the new set fit to decide alone."""
-        old, new = joint.members, joint.new_members or ()
-        positions: list[Position] = []
-        term = 0
-        while len(positions) < quorum_size(len(old)):
-            positions = []
-            for node in self.nodes(old):
-                yield self.world.delay_us()
-                if node.present and node.switch(joint):
-                    positions.append(node.position())
-                    term = max(term, node.acceptor.term)
-        wanted = sorted(positions)[quorum_size(len(old)) - 1]
-        fit: set[int] = set()
-        while len(fit) < quorum_size(len(new)):
-            fit = set()
-            for node in self.nodes(new):
-                yield self.world.delay_us()
-                self._pull(node, joint)
-                if node.present and node.switch(joint) and self._is_fit(node, wanted, term):
-                    fit.add(node.node_id)
-
-    def _is_fit(self, node: "SimulatedSafekeeper", wanted: Position, term: int) -> bool:
-        """Its term is raised to what the old set promised, and it has the old set's log."""
-        return node.bump(term) and node.position() >= wanted
-
-    def _pull(self, node: "SimulatedSafekeeper", joint: MembershipConfiguration) -> None:
+    def _pull(self, effect: PullTimeline) -> bool:
         """pull_timeline from the best of the old members."""
-        if node.present or not node.up:
-            return
-        known = [source for source in self.nodes(joint.members) if source.up and source.present]
-        if len(known) >= max(len(joint.members) - 1, 1):
-            donor = max(known, key=lambda source: (source.position(), source.acceptor.term, source.acceptor.commit_lsn))
-            node.install(donor, joint)
+        node = self._node(effect.node)
+        if not node.up:
+            return False
+        if node.present:
+            return node.switch(effect.mconf)
+        known = [source for source in map(self._node, effect.sources) if source.up and source.present]
+        if len(known) < max(len(effect.sources) - 1, 1):
+            return False
+        donor = max(known, key=lambda source: (source.position(), source.acceptor.term, source.acceptor.commit_lsn))
+        node.install(donor, effect.mconf)
+        return True
 
-    def _spread(self, final: MembershipConfiguration, old: tuple[SafekeeperId, ...]) -> Iterator[int]:
-        """Tell the new members, and let those that left forget."""
-        told = 0
-        while told < quorum_size(len(final.members)):
-            told = 0
-            for node in self.nodes(final.members):
-                yield self.world.delay_us()
-                told += node.present and node.switch(final)
-        for node in self.nodes(old):
-            yield self.world.delay_us()
-            if (
-                not final.contains(node.node_id)
-                and node.up
-                and node.present
-                and node.disk.state.mconf.generation <= final.generation
-            ):
-                node.exclude()
+    def _exclude(self, effect: Exclude) -> bool:
+        node = self._node(effect.node)
+        if not node.up:
+            return False
+        if node.present:
+            if node.disk.state.mconf.generation > effect.mconf.generation:
+                return False
+            node.exclude()
+        return True

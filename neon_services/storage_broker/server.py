@@ -11,6 +11,7 @@ from neon_services.ground.errors import NeonError
 from neon_services.ground.http import make_application
 from neon_services.storage_broker.front import Front
 from neon_services.storage_broker.hub import Hub
+from neon_services.storage_broker.rest import RestApi
 from neon_services.storage_broker.service import BrokerService
 
 KEEPALIVE_TIMEOUT_MS = 20_000
@@ -33,7 +34,7 @@ async def _status(_: web.Request) -> web.Response:
 
 
 class BrokerServer:
-    """Starts and stops everything; keeps no state beyond the open connections."""
+    """Starts and stops everything; keeps no state beyond the open connections and a minute of news."""
 
     def __init__(self, config: BrokerConfig) -> None:
         self._config = config
@@ -61,7 +62,8 @@ class BrokerServer:
         await self._grpc.start()
         application = make_application()
         application.router.add_get("/status", _status)
-        self._http = web.AppRunner(application, access_log=None)
+        RestApi(self._service).add_routes(application.router)
+        self._http = web.AppRunner(application, access_log=None, shutdown_timeout=STOP_GRACE_S)
         await self._http.setup()
         await web.UnixSite(self._http, str(directory / "http")).start()
         self._front = Front(directory / "grpc", directory / "http")

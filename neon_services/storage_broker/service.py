@@ -5,9 +5,10 @@ not know survive.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -16,7 +17,8 @@ from neon_services.ground.errors import ProtocolViolation
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.protocols import broker_messages as bm
 from neon_services.storage_broker import metrics
-from neon_services.storage_broker.hub import Hub, Published
+from neon_services.storage_broker.hub import Hub, Published, Receiver
+from neon_services.storage_broker.latest import LatestInfos
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,10 @@ class BrokerService:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
+        #: What every safekeeper said last, for people who ask.
+        self.latest = LatestInfos(time.monotonic)
         self._next_lag_warning = 0.0
-        self._stopped = False
+        self.stopped = False
         self._ready: set[asyncio.Event] = set()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -57,7 +61,7 @@ class BrokerService:
 
     def stop(self) -> None:
         """End all subscriptions."""
-        self._stopped = True
+        self.stopped = True
         for ready in self._ready:
             ready.set()
 
@@ -70,9 +74,11 @@ class BrokerService:
             async for data in requests:
                 metrics.PROCESSED.inc()
                 try:
-                    ttid = bm.ttid_of(bm.parse(bm.SafekeeperTimelineInfo, data))
+                    info = bm.parse(bm.SafekeeperTimelineInfo, data)
+                    ttid = bm.ttid_of(info)
                 except ProtocolViolation as error:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                self.latest.record(ttid, info.safekeeper_id, data)
                 metrics.BROADCASTED.inc(self._hub.publish(Published(bm.SAFEKEEPER_TIMELINE_INFO, ttid, data)))
         finally:
             metrics.ACTIVE_PUBLISHERS.dec()
@@ -88,6 +94,8 @@ class BrokerService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         metrics.PROCESSED.inc()
         metrics.PUBLISHED_ONEOFF.inc()
+        if message.type == bm.SAFEKEEPER_TIMELINE_INFO:
+            self.latest.record(ttid, payload.safekeeper_id, payload.SerializeToString())
         metrics.BROADCASTED.inc(self._hub.publish(Published(message.type, ttid, payload.SerializeToString())))
         return b""
 
@@ -126,26 +134,38 @@ class BrokerService:
         encode: Callable[[Published], bytes],
     ) -> None:
         """Send messages as they come until the subscriber leaves (which cancels this) or the broker stops."""
+        with self.subscribed(ttid, types) as (receiver, ready):
+            # headers first, so that the subscriber knows that it misses nothing from here on
+            await context.send_initial_metadata(())
+            while not self.stopped:
+                ready.clear()
+                while (message := receiver.take()) is not None:
+                    self.take_lost(ttid, receiver)
+                    await context.write(encode(message))
+                self.take_lost(ttid, receiver)
+                await ready.wait()
+
+    @contextlib.contextmanager
+    def subscribed(self, ttid: TenantTimelineId | None, types: frozenset[int]) -> Iterator[tuple[Receiver, asyncio.Event]]:
+        """A place in a channel, and the event that is set when there is news in it or the broker stops."""
         gauge: Any = metrics.ALL_SUBSCRIBERS if ttid is None else metrics.TIMELINE_SUBSCRIBERS
         ready = asyncio.Event()
         receiver = self._hub.subscribe(ttid, types, ready.set)
         self._ready.add(ready)
         gauge.inc()
         try:
-            # headers first, so that the subscriber knows that it misses nothing from here on
-            await context.send_initial_metadata(())
-            while not self._stopped:
-                ready.clear()
-                while (message := receiver.take()) is not None:
-                    await context.write(encode(message))
-                if receiver.lost:
-                    self._count_lost(ttid, receiver.lost)
-                    receiver.lost = 0
-                await ready.wait()
+            yield receiver, ready
         finally:
             gauge.dec()
             self._ready.discard(ready)
             self._hub.unsubscribe(ttid, receiver)
+
+    def take_lost(self, ttid: TenantTimelineId | None, receiver: Receiver) -> int:
+        """How many messages the receiver lost since the last call; they are counted, and warned of at most once a second."""
+        lost, receiver.lost = receiver.lost, 0
+        if lost:
+            self._count_lost(ttid, lost)
+        return lost
 
     def _count_lost(self, ttid: TenantTimelineId | None, lost: int) -> None:
         metrics.DROPPED.inc(lost)

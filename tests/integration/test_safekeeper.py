@@ -467,7 +467,7 @@ async def test_commands_that_cannot_be_served(fleet: Fleet) -> None:
     for command, expected in (
         ("SELECT 1", "unknown command"),
         ("start_wal_push", "unknown command"),
-        ("START_WAL_PUSH", "protocol 2 is not supported yet"),
+        ("START_WAL_PUSH (proto_version '1')", "unsupported protocol version 1"),
         ("START_WAL_PUSH (proto_version '4')", "unsupported protocol version 4"),
         ("START_WAL_PUSH (proto_version '3', allow_timeline_creation 'yes')", "allow_timeline_creation"),
         ("START_REPLICATION PHYSICAL", "cannot read"),

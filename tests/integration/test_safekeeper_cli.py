@@ -70,7 +70,7 @@ def refused(done: Done, *expected: str) -> None:
         (["--control-file-save-interval", "0s"], ["--control-file-save-interval", "longer than 0"]),
         (["--enable-offload"], ["--enable-offload is not supported yet"]),
         (["--listen-https", "127.0.0.1:1"], ["--listen-https is not supported yet"]),
-        (["--peer-recovery", "true"], ["--peer-recovery is not supported yet"]),
+        (["--peer-recovery", "perhaps"], ["--peer-recovery", "'perhaps'"]),
         (["--pg-auth-public-key-path", "/k"], ["--pg-auth-public-key-path is not supported yet"]),
         (["--max-global-disk-usage-ratio", "0.8"], ["--max-global-disk-usage-ratio is not supported yet"]),
         (["--remote-storage", "{local_path="], ["--remote-storage", "TOML"]),

@@ -1,6 +1,5 @@
 """Planted bugs: state machines that break one rule each. The simulation must find every one of them."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,8 @@ from neon_services.consensus.acceptor import (
     TruncateWal,
 )
 from neon_services.consensus.membership import quorum_size
+from neon_services.consensus.migration import Migration, PullTimeline, Standing
+from neon_services.consensus.migration import Steps as Migrating
 from neon_services.consensus.proposer import Member, Proposer
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import (
@@ -22,6 +23,7 @@ from neon_services.protocols.safekeeper_messages import (
     AppendResponse,
     MembershipConfiguration,
     ProposerElected,
+    SafekeeperId,
     TermLsn,
     VoteRequest,
     VoteResponse,
@@ -312,27 +314,44 @@ class GenerationBlindProposer(Proposer):
         return super().received(slot, message)
 
 
+class _FitWithoutLog(Migration):
+    def is_fit(self, standing: Standing, wanted: tuple[int, int], term: int) -> bool:
+        return standing.term >= term
+
+
 class FinishesUnsynchronised(SimulatedController):
     """Does not wait until the new set has the old one's log."""
 
-    def _is_fit(self, node: Any, wanted: Any, term: int) -> bool:
-        return node.bump(term)
+    algorithm = _FitWithoutLog
+
+
+class _FitWithoutTerm(Migration):
+    def _raise_term(self, node: SafekeeperId, term: int) -> Migrating:
+        return iter(())  # type: ignore[return-value]
+
+    def is_fit(self, standing: Standing, wanted: tuple[int, int], term: int) -> bool:
+        return standing.position >= wanted
 
 
 class FinishesWithoutTerms(SimulatedController):
     """Does not raise the new set's terms to what the old set promised."""
 
-    def _is_fit(self, node: Any, wanted: Any, term: int) -> bool:
-        return node.position() >= wanted
+    algorithm = _FitWithoutTerm
+
+
+class _WithoutJoining(Migration):
+    def prepare(self, joint: MembershipConfiguration) -> Migrating:
+        copies, new = 0, joint.new_members or ()
+        while copies < quorum_size(len(new)):
+            copies = 0
+            for node in new:
+                copies += bool((yield PullTimeline(node, joint.members[:1], joint)))
 
 
 class SkipsJoint(SimulatedController):
     """Stores the final configuration at once and copies whatever a single old member has."""
 
-    def _prepare(self, joint: MembershipConfiguration) -> Iterator[int]:
-        for node in self.nodes(joint.new_members or ()):
-            yield self.world.delay_us()
-            self._pull(node, joint)
+    algorithm = _WithoutJoining
 
 
 CONTROLLERS: list[type[SimulatedController]] = [FinishesUnsynchronised, FinishesWithoutTerms, SkipsJoint]

@@ -53,7 +53,8 @@ def test_schedules(chunk: int) -> None:
         crashes += stats.crashes
         elections += stats.elections
         migrations += stats.migrations
-    assert unruly > 0.95 * len(seeds), f"only {unruly} of {len(seeds)} schedules committed while things broke"
+    # one in fifty commits nothing meanwhile; a few dozen schedules may by chance have three of them
+    assert unruly > 0.95 * len(seeds) - 2, f"only {unruly} of {len(seeds)} schedules committed while things broke"
     assert crashes > len(seeds) and elections > 3 * len(seeds), f"{crashes} crashes and {elections} elections are too few"
     assert migrations > len(seeds) / 5, f"{migrations} changes of the membership are too few"
 

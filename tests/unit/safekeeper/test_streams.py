@@ -69,6 +69,8 @@ def test_json_of_a_reader() -> None:
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
+        ("START_WAL_PUSH", (2, True)),
+        ("START_WAL_PUSH (proto_version '2', allow_timeline_creation 'false')", (2, False)),
         ("START_WAL_PUSH (proto_version '3')", (3, True)),
         ("START_WAL_PUSH (proto_version '3', allow_timeline_creation 'false')", (3, False)),
         ("START_WAL_PUSH (allow_timeline_creation 'true' proto_version '3' later_option 'x')", (3, True)),
@@ -81,9 +83,8 @@ def test_wal_push_options(command: str, expected: tuple[int, bool]) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "START_WAL_PUSH",
-        "START_WAL_PUSH (proto_version '2')",
         "START_WAL_PUSH (proto_version '1')",
+        "START_WAL_PUSH (proto_version '4')",
         "START_WAL_PUSH (proto_version '3', allow_timeline_creation 'maybe')",
     ],
 )

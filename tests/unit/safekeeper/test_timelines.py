@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from neon_services.consensus.acceptor import AcceptorState, PeerInfo, ProposerConnection
-from neon_services.ground.errors import Cancelled
+from neon_services.ground.errors import Cancelled, StaleGeneration
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import WAL_SEGMENT_SIZE, Lsn
 from neon_services.protocols.safekeeper_messages import (
@@ -235,3 +235,72 @@ def test_a_peer_in_the_same_term_tells_what_is_committed(tmp_path: Path) -> None
     assert timeline.acceptor.commit_lsn == wal.end, "never beyond what is flushed here"
     assert timeline.acceptor.remote_consistent_lsn == wal.record_ends[0]
     assert changes
+
+
+def configuration(generation: int, *ids: int) -> MembershipConfiguration:
+    return MembershipConfiguration(generation, tuple(SafekeeperId(i, "h", 1) for i in ids))
+
+
+def test_an_exclusion_blocks_its_generation_and_older_ones_only(tmp_path: Path) -> None:
+    clock = Clock()
+    timelines = loaded(tmp_path, clock)
+    timelines.create(TTID, state(3))
+    assert timelines.exclude(TTID, configuration(4, 2, 3)) is True
+    assert not timelines.directory_of(TTID).exists() and list((tmp_path / "tmp").iterdir()) == []
+    assert timelines.exclude(TTID, configuration(4, 2, 3)) is False
+    for generation in (0, 3, 4):
+        with pytest.raises(TimelineDeleted):
+            timelines.create(TTID, state(generation))
+    timelines.exclude(TTID, configuration(2, 2))  # an older, late one weakens nothing
+    with pytest.raises(TimelineDeleted):
+        timelines.create(TTID, state(4))
+    assert timelines.create(OTHER, state(1)) is not None
+    assert timelines.create(TTID, state(5)).acceptor.state.mconf.generation == 5
+    timelines.close()
+
+
+def test_a_deletion_blocks_every_generation_until_it_expires(tmp_path: Path) -> None:
+    clock = Clock()
+    timelines = loaded(tmp_path, clock)
+    timelines.create(TTID, state(1))
+    timelines.delete(TTID)
+    timelines.exclude(TTID, configuration(9, 2))  # does not weaken the deletion
+    clock.now += 24 * 3600 - 1
+    with pytest.raises(TimelineDeleted):
+        timelines.create(TTID, state(100))
+    clock.now += 2
+    timelines.create(TTID, state(1))
+    timelines.close()
+
+
+def test_a_stale_or_contradicting_exclusion_removes_nothing(tmp_path: Path) -> None:
+    timelines = loaded(tmp_path)
+    timelines.create(TTID, state(5))
+    for stale in (configuration(4, 2, 3), configuration(5, 2, 3)):
+        with pytest.raises(StaleGeneration):
+            timelines.exclude(TTID, stale)
+    assert timelines.get(TTID).acceptor.state.mconf.generation == 5
+    timelines.close()
+
+
+def test_a_broken_copy_is_not_excluded(tmp_path: Path) -> None:
+    timelines = loaded(tmp_path)
+    timelines.create(TTID, state(1))
+    timelines.close()
+    (timelines.directory_of(TTID) / "safekeeper.control").write_bytes(b"rubbish")
+    again = loaded(tmp_path)
+    with pytest.raises(TimelineBroken):
+        again.exclude(TTID, configuration(9, 2))
+    assert again.delete(TTID)
+
+
+def test_a_staged_timeline_does_not_come_back_after_a_deletion_or_over_another(tmp_path: Path) -> None:
+    timelines = loaded(tmp_path)
+    staged = timelines.stage(TTID)
+    ControlFile(TTID, state(2)).save(staged, sync=False)
+    timelines.exclude(TTID, configuration(2, 7))
+    with pytest.raises(TimelineDeleted):
+        timelines.publish(TTID, staged, 2)
+    first = timelines.create(TTID, state(3))
+    assert timelines.publish(TTID, staged, 3) is first and staged.exists()
+    timelines.close()
