@@ -4,9 +4,10 @@ Invariants:
 
 1. The copy is made in tmp/ and appears by one rename when it is whole, checked and durable: an interruption anywhere leaves
    nothing, or the whole timeline.
-2. The copy carries the donor's promises (its term) and the newest membership configuration; it is never younger than the
-   status by which the donor was chosen, and all but one of the hosts asked have been heard. So whatever a quorum had
-   acknowledged before is in it.
+2. The copy carries the promises (the highest term) of everybody who was heard and the newest membership configuration; it is
+   never older than the status by which the donor was chosen, and all but one of the hosts asked have been heard. So
+   whatever a quorum had acknowledged before is in it; and when it takes the place of a lost disk of the same member and all
+   the others were heard, it votes in no term in which the lost one helped to elect a leader: one of the others did, too.
 3. A request with an older generation than a donor's, than this node's, or than a tombstone here is refused.
 """
 
@@ -123,7 +124,8 @@ class TimelinePuller:
             log.info("pulling timeline %s from %s", request.ttid, donor)
             staged = self._timelines.stage(request.ttid)
             try:
-                unpacked = await self._copy(request, clients[donor], staged)
+                promised = max(status.term for status in statuses.values())
+                unpacked = await self._copy(request, clients[donor], staged, promised)
                 if unpacked.position < statuses[donor].rank[:2]:
                     raise PullFailed(f"timeline {request.ttid}: the log of {donor} went back while it was copied")
                 return self._publish(request, staged, unpacked, clients[donor])
@@ -153,13 +155,13 @@ class TimelinePuller:
                 log.warning("pulling timeline %s: %s", request.ttid, answer)
         return found
 
-    async def _copy(self, request: PullRequest, donor: PeerClient, staged: Path) -> Unpacked:
+    async def _copy(self, request: PullRequest, donor: PeerClient, staged: Path, promised: int) -> Unpacked:
         unpacker = SnapshotUnpacker(staged, request.ttid, sync=self._sync)
         try:
             async with contextlib.aclosing(donor.snapshot(request.ttid, self._node_id)) as pieces:
                 async for piece in pieces:
                     await asyncio.to_thread(unpacker.feed, piece)
-            return await asyncio.to_thread(unpacker.finish, request.mconf)
+            return await asyncio.to_thread(unpacker.finish, request.mconf, promised)
         finally:
             unpacker.close()
 

@@ -137,8 +137,11 @@ class SnapshotUnpacker:
         assert self._control is not None
         return self._control.acceptor.wal_seg_size or WAL_SEGMENT_SIZE
 
-    def finish(self, mconf: MembershipConfiguration | None) -> Unpacked:
-        """Check everything and write the control file, which follows ``mconf`` if that is newer. Raises as feed()."""
+    def finish(self, mconf: MembershipConfiguration | None, promised: int = 0) -> Unpacked:
+        """Check everything and write the control file. Raises as feed().
+
+        It follows ``mconf`` if that is newer than the donor's, and keeps the promise of a term (``promised``) if it is higher.
+        """
         with self._lock:
             control = self._control
             if not self._reader.complete or control is None:
@@ -152,6 +155,7 @@ class SnapshotUnpacker:
                 state = replace(state, local_start_lsn=flush_lsn)
             if mconf is not None and mconf.generation > state.mconf.generation:
                 state = replace(state, mconf=mconf)
+            state = replace(state, term=max(state.term, promised))
             adopted = replace(control, acceptor=state, partial_backup=())
             adopted.save(self._directory, sync=self._sync)
             if self._sync:

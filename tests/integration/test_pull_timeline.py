@@ -260,8 +260,11 @@ async def test_the_best_donor_is_chosen_and_bad_requests_are_refused(fleet: Flee
     assert code == 409 and "generation 2" in message
     code, message = refusal(lambda: pull(joiner, new_ttid(), hosts, joint(fleet)))
     assert code == 412 and "0 of 3" in message
+    # one of the others has promised a higher term, perhaps together with the disk that this copy replaces
+    http("POST", fleet.nodes[0].timeline_url(ttid, "/term_bump"), {"term": 77})
     assert pull(joiner, ttid, hosts, joint(fleet)) == hosts[2]
     assert joiner.lsn(ttid, "flush_lsn") == wal.end
+    assert joiner.status(ttid)["acceptor_state"]["term"] == 77
     for body, part in (
         ({"http_hosts": []}, "http_hosts"),
         ({"http_hosts": ["ftp://x"]}, "http_hosts"),
