@@ -112,7 +112,8 @@ def plan(
     """The steps from what is there to a timeline that every member has.
 
     ``timeline`` is the pageserver's TimelineInfo, ``members`` each safekeeper's TimelineStatus by node id; None where there is
-    none. ``creation`` is the body that makes the timeline. Raises TimelineError for a timeline that only safekeepers have.
+    none. ``creation`` is the body that makes the timeline. Raises TimelineError for a timeline that only safekeepers have, and
+    for one with WAL that a majority of the members lacks.
     """
     have = {node_id: status for node_id, status in members.items() if status is not None}
     missing = [node_id for node_id, status in members.items() if status is None]
@@ -128,6 +129,12 @@ def plan(
     starts = {str(status["timeline_start_lsn"]) for status in have.values() if lsn(status["timeline_start_lsn"])}
     written = any(lsn(s["flush_lsn"]) > lsn(s["timeline_start_lsn"]) or lsn(s["commit_lsn"]) > lsn(s["timeline_start_lsn"])
                   for s in have.values())  # fmt: skip
+    if written and len(missing) > (len(members) - 1) // 2:
+        raise TimelineError(
+            f"safekeepers {', '.join(map(str, missing))} of {len(members)} lack the timeline, and it has WAL already: they may "
+            "have been the majority that made commits durable. Bring their disks back; or, when those are lost, decide what "
+            f"to keep and copy it to them by hand (POST /v1/pull_timeline) from {', '.join(map(str, have))}"
+        )
     if written or len(starts) != 1:
         return [PullToSafekeeper(node_id, tuple(have)) for node_id in missing]
     return [CreateOnSafekeeper(node_id, next(iter(starts))) for node_id in missing]
@@ -196,6 +203,8 @@ class Runner:
             "timeline_id": self._params["timeline_id"],
             "http_hosts": [self.safekeepers[donor].endpoint for donor in step.donors],
             "mconf": membership(self._params),
+            # what a lost disk had promised only the others together know
+            "require_all_hosts": True,
         }
         self.safekeepers[step.node_id].call_patiently("POST", "/v1/pull_timeline", body, patience_s=_PATIENCE_S)
 

@@ -8,7 +8,7 @@ import time
 from aiohttp import web
 
 from neon_services.ground.errors import NeonError
-from neon_services.ground.http import ApiError, json_response, read_json_object, require_field
+from neon_services.ground.http import ApiError, json_response, optional_field, read_json_object, require_field
 from neon_services.ground.lsn import format_lsn
 from neon_services.ground.net import parse_http_endpoint
 from neon_services.safekeeper import metrics
@@ -86,7 +86,8 @@ class MembershipApi:
         for host in hosts:
             parse_http_endpoint(host, what="field 'http_hosts'")
         mconf = mconf_field(body["mconf"], "mconf") if body.get("mconf") is not None else None
-        donor = await self._puller.pull(PullRequest(ttid_field(body), tuple(hosts), mconf))
+        everybody = optional_field(body, "require_all_hosts", bool, False)
+        donor = await self._puller.pull(PullRequest(ttid_field(body), tuple(hosts), mconf, everybody))
         return json_response({"safekeeper_host": donor})
 
     async def snapshot(self, request: web.Request) -> web.StreamResponse:

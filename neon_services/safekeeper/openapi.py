@@ -86,7 +86,7 @@ SCHEMAS: dict[str, Schema] = {
             "timeline_id": ID,
             "http_hosts": _list({"type": "string", "pattern": "^http://"}, minItems=1, maxItems=MAX_HOSTS),
         },
-        {"mconf": _ref("Configuration")},
+        {"mconf": _ref("Configuration"), "require_all_hosts": BOOLEAN},
     ),
     "PeerInfo": _object(
         dict.fromkeys(("commit_lsn", "backup_lsn", "remote_consistent_lsn", "peer_horizon_lsn"), LSN),

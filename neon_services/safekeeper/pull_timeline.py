@@ -48,6 +48,8 @@ class PullRequest:
     ttid: TenantTimelineId
     hosts: tuple[str, ...]
     mconf: MembershipConfiguration | None = None
+    #: Every host must answer: the copy takes the place of a lost disk, whose promises only the others together know.
+    require_all_hosts: bool = False
 
     @property
     def generation(self) -> int:
@@ -57,7 +59,7 @@ class PullRequest:
 
 def choose_donor(request: PullRequest, statuses: dict[str, PeerStatus], node_id: int) -> str:
     """The host with the best copy. Raises PullFailed, StaleGeneration or NotMember."""
-    required = max(len(request.hosts) - 1, 1)
+    required = len(request.hosts) if request.require_all_hosts else max(len(request.hosts) - 1, 1)
     if len(statuses) < required:
         raise PullFailed(
             f"timeline {request.ttid}: {len(statuses)} of {len(request.hosts)} hosts gave its status, {required} are needed"

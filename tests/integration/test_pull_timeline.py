@@ -15,7 +15,7 @@ from aiohttp import web
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, SafekeeperId
-from tests.integration.cluster import http
+from tests.integration.cluster import free_port, http
 from tests.integration.safekeeper_support import Fleet, Node, ScriptedProposer, new_ttid, running_fleet, until
 from tests.unit.safekeeper.walmaker import PG_VERSION, SYSTEM_ID, WalMaker
 
@@ -260,6 +260,11 @@ async def test_the_best_donor_is_chosen_and_bad_requests_are_refused(fleet: Flee
     assert code == 409 and "generation 2" in message
     code, message = refusal(lambda: pull(joiner, new_ttid(), hosts, joint(fleet)))
     assert code == 412 and "0 of 3" in message
+    nobody = f"http://127.0.0.1:{free_port()}"
+    body = {"tenant_id": str(ttid.tenant_id), "timeline_id": str(ttid.timeline_id), "mconf": joint(fleet).to_json()}
+    body |= {"http_hosts": [*hosts, nobody], "require_all_hosts": True}
+    code, message = refusal(lambda: http("POST", joiner.url("/v1/pull_timeline"), body))
+    assert code == 412 and "3 of 4 hosts gave its status, 4 are needed" in message
     # one of the others has promised a higher term, perhaps together with the disk that this copy replaces
     http("POST", fleet.nodes[0].timeline_url(ttid, "/term_bump"), {"term": 77})
     assert pull(joiner, ttid, hosts, joint(fleet)) == hosts[2]

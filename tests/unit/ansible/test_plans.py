@@ -73,6 +73,14 @@ def test_a_member_that_lost_its_disk_gets_the_wal_from_the_others(timeline: Modu
     assert world.plan() == [timeline.PullToSafekeeper(2, (1, 3))]
 
 
+def test_when_a_majority_lost_its_disks_a_person_decides(timeline: ModuleType) -> None:
+    world = World(timeline)
+    world.pageserver = {"last_record_lsn": "0/2000000", "pg_version": 15}
+    world.register(1, START, "0/2000000")
+    with pytest.raises(timeline.TimelineError, match="safekeepers 2, 3 of 3 lack the timeline"):
+        world.plan()
+
+
 def test_a_member_is_never_registered_later_than_the_others(timeline: ModuleType) -> None:
     world = World(timeline)
     world.pageserver = {"last_record_lsn": "0/2000000", "pg_version": 15}
