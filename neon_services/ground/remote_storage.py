@@ -35,8 +35,8 @@ class RemoteStorage(ABC):
     """Asynchronous access to objects. Every call may raise RemoteStorageError."""
 
     @abstractmethod
-    async def put(self, key: str, content: bytes) -> None:
-        """Store an object; replaces an existing one atomically."""
+    async def put(self, key: str, content: bytes, *, metadata: dict[str, str] | None = None) -> None:
+        """Store an object; replaces an existing one atomically. A directory keeps no metadata."""
 
     @abstractmethod
     async def put_file(self, key: str, path: Path) -> None:
@@ -44,7 +44,7 @@ class RemoteStorage(ABC):
 
     @abstractmethod
     async def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes ``[start, end)`` of an object. Raises ObjectNotFound."""
+        """The bytes ``[start, end)`` of an object, fewer when it ends before. Raises ObjectNotFound."""
 
     @abstractmethod
     async def get_file(self, key: str, path: Path) -> None:
@@ -92,7 +92,7 @@ class LocalFsStorage(_Threaded):
             raise RemoteStorageError(f"object key {key!r} leaves the storage directory")
         return path
 
-    async def put(self, key: str, content: bytes) -> None:
+    async def put(self, key: str, content: bytes, *, metadata: dict[str, str] | None = None) -> None:
         def store() -> None:
             path = self._path(key)
             try:
@@ -193,16 +193,26 @@ class S3Storage(_Threaded):
 
         return await self._run(guarded)
 
-    async def put(self, key: str, content: bytes) -> None:
-        await self._call(key, lambda: self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=content))
+    async def put(self, key: str, content: bytes, *, metadata: dict[str, str] | None = None) -> None:
+        extra = {"Metadata": metadata} if metadata else {}
+        await self._call(
+            key, lambda: self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=content, **extra)
+        )
 
     async def put_file(self, key: str, path: Path) -> None:
         await self._call(key, lambda: self._client.upload_file(str(path), self._bucket, self._prefix + key))
 
     async def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        from botocore.exceptions import ClientError
+
         def load() -> bytes:
             extra = {} if start == 0 and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
-            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **extra)["Body"].read()
+            try:
+                return self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **extra)["Body"].read()
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+                    return b""  # the object ends before the range
+                raise
 
         return b"" if end is not None and end <= start else await self._call(key, load)
 

@@ -16,6 +16,8 @@ from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn, format_lsn, parse_lsn
 from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP, MembershipConfiguration
 from neon_services.safekeeper.config import SafekeeperConfig
+from neon_services.safekeeper.partial_backup import reset_partial_backup
+from neon_services.safekeeper.remote_deletion import RemoteDeletion
 from neon_services.safekeeper.status import disk_content, memory_dump, now_text, timeline_status, wal_last_modified
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import TimelineBroken, TimelineDeleted, TimelineNotFound, Timelines
@@ -72,9 +74,10 @@ def _mconf(value: Any, field: str) -> MembershipConfiguration:
 class HttpApi:
     """The endpoints."""
 
-    def __init__(self, config: SafekeeperConfig, timelines: Timelines) -> None:
+    def __init__(self, config: SafekeeperConfig, timelines: Timelines, remote_deletion: RemoteDeletion | None = None) -> None:
         self._config = config
         self._timelines = timelines
+        self._remote_deletion = remote_deletion
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -94,6 +97,7 @@ class HttpApi:
         router.add_post(_TIMELINE + "/term_bump", self.term_bump)
         router.add_post(_TIMELINE + "/checkpoint", self.checkpoint)
         router.add_get(_TIMELINE + "/digest", self.digest)
+        router.add_post(_TIMELINE + "/backup_partial_reset", self.backup_partial_reset)
         router.add_post("/v1/record_safekeeper_info/{tenant_id}/{timeline_id}", self.record_safekeeper_info)
         return application
 
@@ -110,7 +114,7 @@ class HttpApi:
 
     async def status(self, _: web.Request) -> web.Response:
         """GET /v1/status."""
-        return json_response({"id": self._config.node_id})
+        return json_response({"id": self._config.node_id, "wal_refused": self._timelines.disk_refusal})
 
     async def utilization(self, _: web.Request) -> web.Response:
         """GET /v1/utilization."""
@@ -199,14 +203,28 @@ class HttpApi:
         return json_response(timeline_status(self._timeline(request), self._config.heartbeat_timeout_s))
 
     async def delete_timeline(self, request: web.Request) -> web.Response:
-        """DELETE one timeline. There is no remote WAL yet, so ``only_local`` makes no difference."""
-        _flag(request.query, "only_local")
-        return json_response({"dir_existed": self._timelines.delete(self._ttid(request))})
+        """DELETE one timeline, and unless ``only_local`` its objects, in the background."""
+        only_local = _flag(request.query, "only_local")
+        ttid = self._ttid(request)
+        timeline = self._timelines.find(ttid)
+        existed = self._timelines.delete(ttid)
+        self._delete_objects(ttid, timeline, existed and not only_local)
+        return json_response({"dir_existed": existed})
+
+    def _delete_objects(self, ttid: TenantTimelineId, timeline: Timeline | None, wanted: bool) -> None:
+        # who never had the timeline, or was excluded from it, must not delete what its members share
+        if wanted and self._remote_deletion is not None:
+            self._remote_deletion.schedule(ttid, timeline)
 
     async def delete_tenant(self, request: web.Request) -> web.Response:
-        """DELETE all timelines of a tenant."""
-        _flag(request.query, "only_local")
-        removed = self._timelines.delete_tenant(_id(TenantId, request.match_info["tenant_id"], "tenant_id"))
+        """DELETE all timelines of a tenant, and unless ``only_local`` their objects, in the background."""
+        only_local = _flag(request.query, "only_local")
+        tenant_id = _id(TenantId, request.match_info["tenant_id"], "tenant_id")
+        timelines = {timeline.ttid: timeline for timeline in self._timelines.all()}
+        removed = self._timelines.delete_tenant(tenant_id)
+        for timeline_id, existed in removed.items():
+            ttid = TenantTimelineId(tenant_id, timeline_id)
+            self._delete_objects(ttid, timelines.get(ttid), existed and not only_local)
         return json_response({str(timeline_id): {"dir_existed": existed} for timeline_id, existed in removed.items()})
 
     # -- one timeline's state
@@ -258,16 +276,25 @@ class HttpApi:
                 400, f"until_lsn {format_lsn(until_lsn)} is after flush_lsn {format_lsn(timeline.acceptor.flush_lsn)}"
             )
         digest = hashlib.sha256()
-        reader = timeline.reader()
-        try:
-            position = from_lsn
-            while position < until_lsn:
-                data = await reader.read(position, min(DIGEST_CHUNK_BYTES, until_lsn - position))
-                await asyncio.to_thread(digest.update, data)
-                position = Lsn(position + len(data))
-        finally:
-            reader.close()
+        async with timeline.residence():
+            reader = timeline.reader()
+            try:
+                position = from_lsn
+                while position < until_lsn:
+                    data = await reader.read(position, min(DIGEST_CHUNK_BYTES, until_lsn - position))
+                    await asyncio.to_thread(digest.update, data)
+                    position = Lsn(position + len(data))
+            finally:
+                reader.close()
         return json_response({"sha256": digest.hexdigest()})
+
+    async def backup_partial_reset(self, request: web.Request) -> web.Response:
+        """POST backup_partial_reset: delete this safekeeper's partial segments from object storage; their names."""
+        timeline = self._timeline(request)
+        if timeline.remote is None:
+            raise ApiError(412, "this safekeeper has no --remote-storage")
+        async with timeline.residence():
+            return json_response(await timeline.unbroken(reset_partial_backup(timeline)))
 
     async def record_safekeeper_info(self, request: web.Request) -> web.Response:
         """POST record_safekeeper_info: what a peer would say through the broker (for tests)."""

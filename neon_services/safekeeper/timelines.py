@@ -16,7 +16,9 @@ from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.durable import sync_directory
 from neon_services.ground.errors import CorruptionError, NeonError
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
+from neon_services.ground.remote_storage import RemoteStorage
 from neon_services.safekeeper.control_file import ControlFile
+from neon_services.safekeeper.remote_wal import RemoteWal
 from neon_services.safekeeper.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,10 @@ class Timelines:
         self.broken: dict[TenantTimelineId, str] = {}
         self._tombstones: dict[TenantTimelineId | TenantId, _Tombstone] = {}
         self.on_change: Callable[[Timeline], None] = lambda _: None
+        #: Where WAL is offloaded to; set before load().
+        self.storage: RemoteStorage | None = None
+        #: Why no timeline accepts WAL at the moment; None when the disk has room.
+        self.disk_refusal: str | None = None
 
     def load(self) -> None:
         """Open everything in the data directory; a broken timeline is logged and kept apart. Raises OSError."""
@@ -82,8 +88,14 @@ class Timelines:
             log.error("timeline %s is broken: %s", ttid, error)
             self.broken[ttid] = str(error)
             return
+        self._register(timeline)
+
+    def _register(self, timeline: Timeline) -> None:
+        """An opened timeline becomes one of ours."""
         timeline.on_change = self._changed
-        self._timelines[ttid] = timeline
+        if self.storage is not None:
+            timeline.remote = RemoteWal(self.storage, timeline.ttid)
+        self._timelines[timeline.ttid] = timeline
 
     def _changed(self, timeline: Timeline) -> None:
         self.on_change(timeline)
@@ -131,8 +143,7 @@ class Timelines:
             sync_directory(directory.parent)
             sync_directory(self._datadir)
         timeline = Timeline.open(self._node_id, directory, sync=self._sync)
-        timeline.on_change = self._changed
-        self._timelines[ttid] = timeline
+        self._register(timeline)
         self._tombstones.pop(ttid, None)
         log.info("created timeline %s", ttid)
         return timeline

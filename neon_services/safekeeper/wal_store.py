@@ -88,9 +88,15 @@ class WalStore:
 
     # -- boot
 
-    def recover(self, commit_lsn: Lsn) -> None:
-        """Find the end of the log by reading records from the saved commit_lsn on. Raises OSError."""
+    def recover(self, commit_lsn: Lsn, *, offloaded_flush_lsn: Lsn | None = None) -> None:
+        """Find the end of the log by reading records from the saved commit_lsn on. Raises OSError.
+
+        The end of a log that is in object storage only is known.
+        """
         self.segments.discard_scratch()
+        if offloaded_flush_lsn is not None:
+            self._move_to(offloaded_flush_lsn)
+            return
         if not commit_lsn:
             return
         scanner = WalScanner(commit_lsn, segment_size=self._segment_size)
@@ -297,6 +303,12 @@ class WalStore:
         except OSError as error:
             raise WalStoreError(f"removing WAL in {self.segments.path} failed: {error.strerror or error}") from error
         return len(removed)
+
+    def release(self) -> None:
+        """Close the file; the log keeps its end and accepts no writes before truncate(). Nothing unflushed may be left."""
+        self._write_pending(sync=False)
+        self.close()
+        self.segments.discard_scratch()
 
     def close(self) -> None:
         """Let go of the files; written bytes that were not flushed are as good as lost."""

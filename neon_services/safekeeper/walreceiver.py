@@ -17,6 +17,7 @@ from neon_services.protocols.pgserver import ServerConnection
 from neon_services.protocols.safekeeper_messages import ProposerElected, ProposerGreeting, parse_proposer_message
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.connections import WalReceiverState
+from neon_services.safekeeper.disk_guard import DiskLimitReached
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import TimelineNotFound, Timelines
 
@@ -89,6 +90,10 @@ class WalReceiver:
             timeline = self._open(message)
         if timeline.cancelled:
             raise Cancelled(f"timeline {self._ttid} is being deleted or shut down")
+        refusal = self._timelines.disk_refusal or timeline.wal_refusal
+        if refusal is not None:
+            metrics.WAL_STORAGE_LIMIT_ERRORS.inc()
+            raise DiskLimitReached(refusal)
         self._wrote = True
         for reply in timeline.run(timeline.acceptor.handle(self._state.proposer, message)):
             self._connection.send_copy_data(reply.pack())
@@ -109,6 +114,8 @@ class WalReceiver:
                 self._ttid,
                 AcceptorState(pg_version=greeting.pg_version, system_id=greeting.system_id, wal_seg_size=greeting.wal_seg_size),
             )
+        if timeline.offloaded:  # evicted between the command and the greeting
+            raise NeonError(f"timeline {self._ttid} is in object storage: connect again to bring it back")
         self._timeline = timeline
         timeline.receivers[self._state.conn_id] = self._state
         metrics.WAL_RECEIVERS.inc()
