@@ -1,8 +1,8 @@
 """A safekeeper stops accepting WAL before its disk is full, and goes on by itself when there is room.
 
 Three limits: bytes of one timeline (--max-timeline-disk-usage-bytes), part of the file system that may be used
-(--max-global-disk-usage-ratio), and a floor that is always on: four segments stay free, and one more for every timeline that
-is being written, because each may begin its next segment before the next look, and control files must be replaceable.
+(--max-global-disk-usage-ratio), and a floor that is always on: room for four segments stays free, because segments are made
+ahead of need and control files must be replaceable. It takes room for a fifth to accept WAL again, else it would flap.
 Only proposers are refused; readers, uploads and removal go on, so the way out stays open.
 """
 
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +48,9 @@ class DiskSpace:
         return self.capacity - self.available
 
 
-def floor_bytes(segment_sizes: list[int]) -> int:
-    """How much must stay free while timelines with these segment sizes are being written."""
-    return FLOOR_SEGMENTS * max(segment_sizes, default=WAL_SEGMENT_SIZE) + sum(segment_sizes)
+def floor_bytes(segment_sizes: Iterable[int], *, refusing: bool) -> int:
+    """How much must stay free with timelines of these segment sizes, or be free again."""
+    return (FLOOR_SEGMENTS + refusing) * max(segment_sizes, default=WAL_SEGMENT_SIZE)
 
 
 def refusal_below_floor(space: DiskSpace, floor: int) -> str | None:
@@ -95,26 +95,32 @@ class DiskGuard:
         self._space = space
         self._above_ratio: str | None = None
         self._next_ratio_check = float("-inf")
+        timelines.on_segment = self.look
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            try:
-                with metrics.GLOBAL_DISK_UTILIZATION_CHECK_SECONDS.time():
-                    space = await asyncio.to_thread(self._space, self._datadir)
-                self.judge(space, time.monotonic())
-            except OSError as error:
-                log.error("%s: cannot ask how full the disk is: %s", self._datadir, error)
+            self.look()
             await asyncio.sleep(min(FLOOR_CHECK_INTERVAL_S, self._ratio_interval_s))
+
+    def look(self) -> None:
+        """Ask the system and decide: every second, and whenever a segment was begun. Takes microseconds."""
+        try:
+            with metrics.GLOBAL_DISK_UTILIZATION_CHECK_SECONDS.time():
+                space = self._space(self._datadir)
+        except OSError as error:
+            log.error("%s: cannot ask how full the disk is: %s", self._datadir, error)
+        else:
+            self.judge(space, time.monotonic())
 
     def judge(self, space: DiskSpace, now: float) -> None:
         """Decide whether WAL is accepted; the ratio is looked at no more often than its interval says."""
         if now >= self._next_ratio_check:
             self._next_ratio_check = now + self._ratio_interval_s
             self._above_ratio = refusal_above_ratio(space, self._max_ratio)
-        written = [timeline.segment_size for timeline in self._timelines.all() if timeline.computes]
-        refusal = self._above_ratio or refusal_below_floor(space, floor_bytes(written))
         before = self._timelines.disk_refusal
+        sizes = (timeline.segment_size for timeline in self._timelines.all())
+        refusal = self._above_ratio or refusal_below_floor(space, floor_bytes(sizes, refusing=before is not None))
         self._timelines.disk_refusal = refusal
         metrics.WAL_REFUSED.set(refusal is not None)
         if refusal is not None and before is None:

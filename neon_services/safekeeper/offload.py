@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from neon_services.ground.errors import NeonError
@@ -190,8 +190,14 @@ class Offload:
 
     def _tend_eviction(self, timeline: Timeline, work: _Work) -> None:
         view = look(timeline, time.monotonic())
-        if not may_evict(view, work.min_resident_s):
+        if not may_evict(replace(view, unsaved=False), work.min_resident_s):
             return
+        if view.unsaved:
+            try:
+                timeline.run(timeline.acceptor.persist_volatile())
+            except NeonError as error:
+                log.error("timeline %s: %s", timeline.ttid, error)
+                return
 
         async def steps() -> None:
             async with self._eviction_permits:

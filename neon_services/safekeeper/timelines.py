@@ -57,6 +57,8 @@ class Timelines:
         self.broken: dict[TenantTimelineId, str] = {}
         self._tombstones: dict[TenantTimelineId | TenantId, _Tombstone] = {}
         self.on_change: Callable[[Timeline], None] = lambda _: None
+        #: Called when any timeline begins a segment.
+        self.on_segment: Callable[[], None] = lambda: None
         #: Where WAL is offloaded to; set before load().
         self.storage: RemoteStorage | None = None
         #: Why no timeline accepts WAL at the moment; None when the disk has room.
@@ -93,9 +95,13 @@ class Timelines:
     def _register(self, timeline: Timeline) -> None:
         """An opened timeline becomes one of ours."""
         timeline.on_change = self._changed
+        timeline.store.on_segment = self._segment_begun
         if self.storage is not None:
             timeline.remote = RemoteWal(self.storage, timeline.ttid)
         self._timelines[timeline.ttid] = timeline
+
+    def _segment_begun(self) -> None:
+        self.on_segment()
 
     def _changed(self, timeline: Timeline) -> None:
         self.on_change(timeline)

@@ -17,7 +17,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from neon_services.ground.errors import NeonError, ProtocolViolation
@@ -61,6 +61,8 @@ class WalStore:
         self._segment = -1
         self._can_dsync = True
         self._dirty = False  # the open segment has bytes that were written without being synced
+        #: Called when a new segment was begun: the disk has less room now.
+        self.on_segment: Callable[[], None] = lambda: None
         #: Bytes and seconds since the process started, for the timeline's metrics.
         self.written_bytes = 0
         self.write_seconds = 0.0
@@ -231,6 +233,7 @@ class WalStore:
         self._close()
         self.segments.complete_before(segment)
         self._descriptor, self._segment = self.segments.create(segment), segment
+        self.on_segment()
 
     def _complete_segment(self) -> None:
         if self._dirty and self._sync:

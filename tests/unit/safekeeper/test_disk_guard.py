@@ -18,10 +18,11 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
-    ("sizes", "floor"), [([], 64), ([16], 80), ([1], 5), ([1, 1, 1], 7), ([16, 64], 4 * 64 + 80)]
-)  # fmt: skip
-def test_the_floor_grows_with_the_timelines_being_written(sizes: list[int], floor: int) -> None:
-    assert floor_bytes([size * MIB for size in sizes]) == floor * MIB
+    ("sizes", "floor", "again"), [([], 64, 80), ([16, 16], 64, 80), ([1, 1, 1], 4, 5), ([16, 64], 256, 320)]
+)
+def test_the_floor(sizes: list[int], floor: int, again: int) -> None:
+    assert floor_bytes([size * MIB for size in sizes], refusing=False) == floor * MIB
+    assert floor_bytes([size * MIB for size in sizes], refusing=True) == again * MIB
 
 
 def test_the_limits() -> None:
@@ -44,8 +45,9 @@ def test_refusing_begins_and_ends_by_itself(tmp_path: Path) -> None:
     guard = DiskGuard(timelines, tmp_path, max_ratio=0.9, ratio_interval_s=60)
     seen = []
     # (seconds, free MiB of 10,000)
-    for now, free in ((0, 5000), (1, 500), (59, 500), (60, 500), (61, 5000), (119, 63), (120, 5000), (121, 63), (122, 64)):
+    for now, free in ((0, 5000), (1, 500), (59, 500), (60, 500), (61, 5000), (119, 63), (120, 5000), (121, 64),
+                      (122, 63), (123, 79), (124, 80), (125, 64)):  # fmt: skip
         guard.judge(DiskSpace(10_000 * MIB, free * MIB), now)
         refusal = timelines.disk_refusal
         seen.append(None if refusal is None else "ratio" if "Global" in refusal else "floor")
-    assert seen == [None, None, None, "ratio", "ratio", "ratio", None, "floor", None]
+    assert seen == [None, None, None, "ratio", "ratio", "ratio", None, None, "floor", "floor", None, None]
