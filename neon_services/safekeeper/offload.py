@@ -165,7 +165,7 @@ class Offload:
         if timeline.remote is not None and not timeline.removal_held:
             work = self._work.get(timeline)
             if work is not None:
-                self._begin(timeline, work, "removing WAL", lambda: remove_wal(timeline, segment))
+                self._begin(timeline, work, "removing WAL", lambda: remove_wal(timeline, segment, send_missing=self.backs_up))
 
     # -- the last segment
 

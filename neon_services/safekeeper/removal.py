@@ -6,6 +6,7 @@ through the broker (backup_lsn) only tells when to look; an object that is missi
 
 import logging
 
+from neon_services.ground.errors import CorruptionError
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.wal_backup import upload_segment
@@ -13,7 +14,7 @@ from neon_services.safekeeper.wal_backup import upload_segment
 log = logging.getLogger(__name__)
 
 
-async def remove_wal(timeline: Timeline, below: int) -> None:
+async def remove_wal(timeline: Timeline, below: int, *, send_missing: bool = True) -> None:
     """Delete the segments with lower numbers, which nobody needs any more here. Raises NeonError, OSError."""
     remote, size = timeline.remote, timeline.segment_size
     if remote is None:
@@ -23,6 +24,10 @@ async def remove_wal(timeline: Timeline, below: int) -> None:
             break
         if not await remote.has_segment(segment, size):
             key = remote.segment_key(segment, size)
+            if not send_missing:
+                raise CorruptionError(
+                    f"object {key} is missing or short, and --disable-wal-backup forbids to send it: WAL stays"
+                )
             log.error("timeline %s: object %s is missing or short although it was sent: it is sent again", timeline.ttid, key)
             await upload_segment(timeline, segment)
     if timeline.cancelled or timeline.removal_held:

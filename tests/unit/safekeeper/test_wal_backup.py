@@ -173,6 +173,8 @@ async def test_wal_is_removed_only_when_it_was_seen_in_the_bucket(tmp_path: Path
     objects[names[2]].unlink()
     objects[names[3]].write_bytes(good[:-1])
     world.bucket.puts.clear()
+    with pytest.raises(CorruptionError, match=f"{names[2]} is missing or short"):
+        await remove_wal(timeline, 4, send_missing=False)
     world.bucket.before = failing(1, "put")
     with pytest.raises(RemoteStorageError):
         await remove_wal(timeline, 4)
