@@ -138,7 +138,7 @@ class Offload:
         timeline.offloading = False
 
     def _elect(self, timeline: Timeline, work: _Work) -> int | None:
-        heard_after = time.monotonic() - self._config.heartbeat_timeout_s
+        heard_after = self._clock() - self._config.heartbeat_timeout_s
         candidates = [
             Candidate(peer.sk_id, peer.local_start_lsn, peer.info.commit_lsn)
             for peer in timeline.peers.values()
@@ -189,7 +189,7 @@ class Offload:
             self._begin(timeline, work, "sending the partial segment", steps)
 
     def _tend_eviction(self, timeline: Timeline, work: _Work) -> None:
-        view = look(timeline, time.monotonic())
+        view = look(timeline, self._clock())
         if not may_evict(replace(view, unsaved=False), work.min_resident_s):
             return
         if view.unsaved:
@@ -206,7 +206,7 @@ class Offload:
                         timeline,
                         min_resident_s=work.min_resident_s,
                         delete_file=self._config.delete_offloaded_wal,
-                        clock=time.monotonic,
+                        clock=self._clock,
                     )
                 )
 

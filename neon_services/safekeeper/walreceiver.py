@@ -90,11 +90,9 @@ class WalReceiver:
             timeline = self._open(message)
         if timeline.cancelled:
             raise Cancelled(f"timeline {self._ttid} is being deleted or shut down")
-        refusal = self._timelines.disk_refusal or timeline.wal_refusal
-        if refusal is not None:
-            metrics.WAL_STORAGE_LIMIT_ERRORS.inc()
-            raise DiskLimitReached(refusal)
-        self._wrote = True
+        if not self._wrote:  # the first message of a batch
+            self._check_room(timeline)
+            self._wrote = True
         for reply in timeline.run(timeline.acceptor.handle(self._state.proposer, message)):
             self._connection.send_copy_data(reply.pack())
         if isinstance(message, ProposerElected) and timeline.acceptor.is_streaming(self._state.proposer):
@@ -102,6 +100,12 @@ class WalReceiver:
             log.info(
                 "timeline %s: leader of term %d at %s streams from %s", self._ttid, message.term, self._connection.peer, start
             )
+
+    def _check_room(self, timeline: Timeline) -> None:
+        refusal = self._timelines.disk_refusal or timeline.wal_refusal
+        if refusal is not None:
+            metrics.WAL_STORAGE_LIMIT_ERRORS.inc()
+            raise DiskLimitReached(refusal)
 
     def _open(self, greeting: ProposerGreeting) -> Timeline:
         if greeting.ttid != self._ttid:
