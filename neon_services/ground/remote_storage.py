@@ -11,7 +11,7 @@ import asyncio
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,13 +66,27 @@ class RemoteStorage(ABC):
     async def close(self) -> None:
         """Release threads and connections."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call runs on although nobody may wait for it any more; it cannot be interrupted."""
+        return False
+
 
 class _Threaded(RemoteStorage):
     def __init__(self, concurrency: int) -> None:
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="remote-storage")
 
+        self._calls: set[Future[Any]] = set()
+
     async def _run(self, call: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+        running = self._threads.submit(call, *arguments)
+        self._calls.add(running)
+        running.add_done_callback(self._calls.discard)
+        return await asyncio.wrap_future(running)
+
+    @property
+    def busy(self) -> bool:
+        return any(call.running() for call in tuple(self._calls))
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -225,7 +225,7 @@ def _enter_datadir(text: str) -> Path:
     return datadir
 
 
-async def _serve(arguments: argparse.Namespace) -> int:
+async def _serve(arguments: argparse.Namespace, servers: list[SafekeeperServer]) -> int:
     if arguments.dump_control_file is not None:
         return dump_control_file(Path(arguments.dump_control_file))
     _refuse_later_options(arguments)
@@ -237,6 +237,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         return 0
     config = read_config(arguments, datadir, node_id)
     server = SafekeeperServer(config)
+    servers.append(server)
     await server.start()
     log.info("safekeeper %d: WAL service on %s, HTTP on %s", node_id, arguments.listen_pg, arguments.listen_http)
     notify_systemd("READY=1")
@@ -259,7 +260,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     configure_logging(arguments.log_format)
     prometheus_client.disable_created_metrics()
-    return run_service(lambda: _serve(arguments))
+    servers: list[SafekeeperServer] = []
+    code = run_service(lambda: _serve(arguments, servers))
+    if any(server.has_unfinished_requests for server in servers):
+        # everything is saved; a request to an object store that hangs must not delay the end (and the restart) for minutes
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

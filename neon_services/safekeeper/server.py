@@ -103,6 +103,11 @@ class SafekeeperServer:
             log.error("%s ended", task.get_name(), exc_info=error)
             raise NeonError(f"the {task.get_name()} task ended: {error}")
 
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether a thread still waits for the object store."""
+        return self.timelines.storage is not None and self.timelines.storage.busy
+
     async def stop(self) -> None:
         """Stop listening, flush and close the timelines."""
         for task in self._tasks:

@@ -163,6 +163,40 @@ async def test_a_store_that_fails_for_a_while(tmp_path: Path) -> None:
         leader.leave()
 
 
+async def test_a_store_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes requests and never answers: commits go on, and the process stops when it is told to."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    asked = asyncio.Event()
+    connections: list[asyncio.StreamWriter] = []
+
+    async def hang(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        asked.set()
+
+    store = await asyncio.start_server(hang, "127.0.0.1", 0)
+    endpoint = f"http://127.0.0.1:{store.sockets[0].getsockname()[1]}"
+    table = f"{{bucket_name='b', bucket_region='r', endpoint='{endpoint}'}}"
+    with running_fleet(tmp_path, 1, "--remote-storage", table) as fleet:
+        ttid, (node,) = new_ttid(), fleet.nodes
+        wal = WalMaker(START, SEGMENT).until(START + 2 * SEGMENT, 60_000)
+        leader = proposer(wal, ttid)
+        await leader.elect([node])
+        await leader.stream(wal.end)
+        async with asyncio.timeout(20):
+            await asked.wait()
+        wal.until(wal.end + SEGMENT, 60_000)
+        await leader.stream(wal.end)
+        assert leader.commit == wal.end
+        leader.leave()
+        assert await asyncio.to_thread(node.stop) == 0
+        node.start()
+        assert node.lsn(ttid, "commit_lsn") == wal.end
+    store.close()
+    for writer in connections:
+        writer.close()
+
+
 async def test_kill_during_uploads(tmp_path: Path) -> None:
     bucket = tmp_path / "bucket"
     seed = random.SystemRandom().randrange(1 << 32)
