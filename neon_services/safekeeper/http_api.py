@@ -208,23 +208,24 @@ class HttpApi:
         ttid = self._ttid(request)
         timeline = self._timelines.find(ttid)
         existed = self._timelines.delete(ttid)
-        self._delete_objects(ttid, timeline, existed and not only_local)
+        if not only_local:
+            self._delete_objects(timeline)
         return json_response({"dir_existed": existed})
 
-    def _delete_objects(self, ttid: TenantTimelineId, timeline: Timeline | None, wanted: bool) -> None:
-        # who never had the timeline, or was excluded from it, must not delete what its members share
-        if wanted and self._remote_deletion is not None:
-            self._remote_deletion.schedule(ttid, timeline)
+    def _delete_objects(self, timeline: Timeline | None) -> None:
+        # who never had the timeline, was excluded from it, or only clears a broken copy, must not delete what all members share
+        if timeline is not None and self._remote_deletion is not None:
+            self._remote_deletion.schedule(timeline.ttid, timeline)
 
     async def delete_tenant(self, request: web.Request) -> web.Response:
         """DELETE all timelines of a tenant, and unless ``only_local`` their objects, in the background."""
         only_local = _flag(request.query, "only_local")
         tenant_id = _id(TenantId, request.match_info["tenant_id"], "tenant_id")
-        timelines = {timeline.ttid: timeline for timeline in self._timelines.all()}
+        timelines = [timeline for timeline in self._timelines.all() if timeline.ttid.tenant_id == tenant_id]
         removed = self._timelines.delete_tenant(tenant_id)
-        for timeline_id, existed in removed.items():
-            ttid = TenantTimelineId(tenant_id, timeline_id)
-            self._delete_objects(ttid, timelines.get(ttid), existed and not only_local)
+        if not only_local:
+            for timeline in timelines:
+                self._delete_objects(timeline)
         return json_response({str(timeline_id): {"dir_existed": existed} for timeline_id, existed in removed.items()})
 
     # -- one timeline's state

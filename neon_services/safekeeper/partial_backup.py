@@ -34,10 +34,11 @@ def partial_name(segment_name: str, term: int, flush_lsn: int, commit_lsn: int, 
 
 
 def describe(timeline: Timeline) -> PartialSegment | None:
-    """The entry for the log as it ends now; None when its last segment has no bytes."""
+    """The entry for the log as it ends now; None when its last segment has no bytes, or its begin was never here."""
     acceptor, size = timeline.acceptor, timeline.segment_size
     flush_lsn, commit_lsn = acceptor.flush_lsn, acceptor.commit_lsn
-    if flush_lsn % size == 0:
+    begin = flush_lsn - flush_lsn % size
+    if flush_lsn == begin or acceptor.state.local_start_lsn > max(begin, acceptor.state.timeline_start_lsn):
         return None
     term = acceptor.last_log_term
     name = partial_name(segment_file_name(flush_lsn // size, size), term, flush_lsn, commit_lsn, acceptor.node_id)

@@ -320,7 +320,7 @@ async def test_deleting_a_timeline_deletes_its_objects_unless_only_local(tmp_pat
     bucket = tmp_path / "bucket"
     with running_fleet(tmp_path, 1, *options(bucket, "--partial-backup-timeout", "500ms")) as fleet:
         (node,) = fleet.nodes
-        ttids = [new_ttid() for _ in range(3)]
+        ttids = [new_ttid() for _ in range(4)]
         for ttid in ttids:
             wal = WalMaker(START, SEGMENT).until(START + 2 * SEGMENT, 60_000)
             leader = proposer(wal, ttid)
@@ -344,6 +344,13 @@ async def test_deleting_a_timeline_deletes_its_objects_unless_only_local(tmp_pat
         node.start()
         await until(lambda: not objects(bucket, ttids[2]), "the restarted process to delete them")
         await until(lambda: not list((node.directory / "deleting").iterdir()), "the work to be forgotten")
-        assert len(objects(bucket, ttids[0])) == 3
+        # who only clears a broken copy does not delete what the members share
+        control = node.directory / str(ttids[3].tenant_id) / str(ttids[3].timeline_id) / "safekeeper.control"
+        node.kill()
+        control.write_bytes(b"broken")
+        node.start()
+        assert http("DELETE", node.timeline_url(ttids[3])) == {"dir_existed": True}
+        assert not list((node.directory / "deleting").iterdir())
+        assert len(objects(bucket, ttids[0])) == 3 and len(objects(bucket, ttids[3])) == 3
         with pytest.raises(urllib.error.HTTPError):
             node.status(ttids[2])

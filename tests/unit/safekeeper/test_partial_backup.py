@@ -1,6 +1,7 @@
 """The last segment in the bucket: every crash leaves what the next run finishes, and the current object is never deleted."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,18 @@ async def test_what_is_the_same_is_not_sent_again(tmp_path: Path) -> None:
     world.save()
     await back_up_partial(world.reboot())
     assert len(world.bucket.puts) == 1
+
+
+async def test_a_segment_whose_begin_was_never_here_is_not_sent(tmp_path: Path) -> None:
+    world = World(tmp_path, segments=1)
+    acceptor = world.timeline.acceptor
+    begin = acceptor.flush_lsn - acceptor.flush_lsn % SEGMENT
+    acceptor.state = replace(acceptor.state, local_start_lsn=Lsn(begin + 8))
+    await back_up_partial(world.timeline)
+    assert world.bucket.puts == []
+    acceptor.state = replace(acceptor.state, local_start_lsn=Lsn(begin))
+    await back_up_partial(world.timeline)
+    check_finished(world)
 
 
 async def test_many_failures_are_cleaned_up(tmp_path: Path) -> None:
