@@ -308,8 +308,10 @@ class WalStore:
         return len(removed)
 
     def release(self) -> None:
-        """Close the file; the log keeps its end and accepts no writes before truncate(). Nothing unflushed may be left."""
-        self._write_pending(sync=False)
+        """Let go of the file: the log ends at flush_lsn and accepts no writes before truncate()."""
+        self._pending.clear()
+        self._pending_bytes = 0
+        self._move_to(self._flush_lsn)
         self.close()
         self.segments.discard_scratch()
 

@@ -86,6 +86,21 @@ async def test_eviction_and_return(tmp_path: Path) -> None:
     assert world.reboot().acceptor.flush_lsn == world.wal.end
 
 
+async def test_half_a_record_behind_the_end_is_dropped(tmp_path: Path) -> None:
+    world = await idle_world(tmp_path)
+    end = world.timeline.acceptor.flush_lsn
+    world.wal.record(1000)
+    world.append(end + 500)
+    world.timeline.store.write_out()
+    assert world.timeline.store.write_lsn == end + 500 and world.timeline.store.flush_lsn == end
+    assert await evicted(world)
+    async with world.timeline.residence():
+        assert world.timeline.store.write_lsn == end
+        world.lead(5)
+        world.append(world.wal.end)
+    assert world.reboot().acceptor.flush_lsn == world.wal.end
+
+
 async def test_no_wal_is_accepted_while_it_is_away(tmp_path: Path) -> None:
     world = await idle_world(tmp_path)
     assert await evicted(world)
