@@ -101,6 +101,39 @@ async def test_half_a_record_behind_the_end_is_dropped(tmp_path: Path) -> None:
     assert world.reboot().acceptor.flush_lsn == world.wal.end
 
 
+async def test_what_is_flushed_but_not_committed_survives(tmp_path: Path) -> None:
+    world = await idle_world(tmp_path)
+    committed = world.timeline.acceptor.commit_lsn
+    world.wal.records(20)
+    world.leader.append(world.wal, world.wal.end, committed)
+    await back_up_partial(world.timeline)
+    assert await evicted(world)
+    timeline = world.reboot()
+    assert (timeline.acceptor.flush_lsn, timeline.acceptor.commit_lsn) == (world.wal.end, committed)
+    async with timeline.residence():
+        pass
+    timeline = world.reboot()
+    assert (timeline.acceptor.flush_lsn, timeline.acceptor.commit_lsn) == (world.wal.end, committed)
+
+
+async def test_a_damaged_object_does_not_come_back(tmp_path: Path) -> None:
+    world = await idle_world(tmp_path)
+    assert await evicted(world)
+    part = uploaded(world.timeline.control.partial_backup)
+    assert part is not None
+    (path,) = world.bucket.root.rglob(part.name)
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:-100] + bytes([good[-100] ^ 1]) + good[-99:], bytes(len(good))):
+        path.write_bytes(bad)
+        with pytest.raises(CorruptionError, match=part.name):
+            async with world.timeline.residence():
+                pass
+        assert world.timeline.offloaded and world.segments() == []
+    path.write_bytes(good)
+    async with world.timeline.residence():
+        assert world.segments() == [5]
+
+
 async def test_no_wal_is_accepted_while_it_is_away(tmp_path: Path) -> None:
     world = await idle_world(tmp_path)
     assert await evicted(world)
