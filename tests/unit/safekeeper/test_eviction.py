@@ -48,6 +48,8 @@ def test_the_condition() -> None:
 async def idle_world(base: Path) -> World:
     """Everything is in the bucket, and the last segment also on the disk."""
     world = World(base)
+    world.wal.records(30)
+    world.append(world.wal.end)
     await back_up(world, 5 * SEGMENT)
     world.timeline.acceptor.remote_consistent_lsn = world.timeline.acceptor.commit_lsn
     world.save()
