@@ -290,18 +290,16 @@ async def test_a_timeline_over_its_limit_is_refused_until_wal_left(tmp_path: Pat
         leader = proposer(wal, ttid)
         await leader.elect([node])
         leader.commit = Lsn(0)
-        member = leader.members[0]
         for end in range(START + 50_000, wal.end, 50_000):
             try:
                 await leader.stream(end if end in wal.record_ends else wal.last_record_end(end))
-            except (NeonError, OSError) as error:
-                refusal = str(error)
-                break
+            except (NeonError, OSError):
+                break  # its error is in its log: what is still unread may swallow it here
             await asyncio.sleep(0.05)  # the limit is looked at three times a second
         else:
             pytest.fail("never refused")
-        refusal += await dead(member.client)
-        assert f"WAL storage utilization exceeds configured limit of {limit} bytes: current disk usage: " in refusal
+        said = f"WAL storage utilization exceeds configured limit of {limit} bytes: current disk usage: "
+        assert said in node.log.read_text()
         leader.leave()
         end = node.lsn(ttid, "flush_lsn")
         assert metric(node, "safekeeper_wal_storage_limit_errors_total") >= 1
