@@ -106,6 +106,11 @@ class LocalFsStorage(_Threaded):
             raise RemoteStorageError(f"object key {key!r} leaves the storage directory")
         return path
 
+    def _check_root(self) -> None:
+        """A storage that is not there is no empty storage."""
+        if not self._root.is_dir():
+            raise RemoteStorageError(f"the storage directory {self._root} is not there")
+
     async def put(self, key: str, content: bytes, *, metadata: dict[str, str] | None = None) -> None:
         def store() -> None:
             path = self._path(key)
@@ -127,6 +132,7 @@ class LocalFsStorage(_Threaded):
                     file.seek(start)
                     return file.read() if end is None else file.read(max(0, end - start))
             except FileNotFoundError:
+                self._check_root()
                 raise ObjectNotFound(f"object {key} does not exist") from None
             except OSError as error:
                 raise RemoteStorageError(f"cannot read {key}: {error}") from error
@@ -139,15 +145,24 @@ class LocalFsStorage(_Threaded):
 
     async def list_keys(self, prefix: str) -> list[str]:
         def walk() -> list[str]:
+            self._check_root()
             base = prefix.rpartition("/")[0]
             start = self._path(base) if base else self._root
-            keys = (str(p.relative_to(self._root)) for p in start.rglob("*") if p.is_file())
+            keys = []
+            for directory, _, names in os.walk(start, onerror=unreadable):
+                relative = Path(directory).relative_to(self._root)
+                keys += [str(relative / name) for name in names]
             return sorted(k for k in keys if k.startswith(prefix) and not k.endswith(".___temp"))
+
+        def unreadable(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # nothing below this prefix, or just deleted
+                raise RemoteStorageError(f"cannot list {prefix}: {error}") from error
 
         return await self._run(walk)
 
     async def list_directories(self, prefix: str) -> list[str]:
         def scan() -> list[str]:
+            self._check_root()
             directory = self._path(prefix.rstrip("/")) if prefix.strip("/") else self._root
             return sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
 

@@ -18,7 +18,6 @@ from tests.integration.safekeeper_support import (
     Fleet,
     Node,
     ScriptedProposer,
-    dead,
     new_ttid,
     read_stream,
     running_fleet,
