@@ -11,7 +11,7 @@ import asyncio
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,8 +35,8 @@ class RemoteStorage(ABC):
     """Asynchronous access to objects. Every call may raise RemoteStorageError."""
 
     @abstractmethod
-    async def put(self, key: str, content: bytes) -> None:
-        """Store an object; replaces an existing one atomically."""
+    async def put(self, key: str, content: bytes, *, metadata: dict[str, str] | None = None) -> None:
+        """Store an object; replaces an existing one atomically. A directory keeps no metadata."""
 
     @abstractmethod
     async def put_file(self, key: str, path: Path) -> None:
@@ -44,7 +44,7 @@ class RemoteStorage(ABC):
 
     @abstractmethod
     async def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes ``[start, end)`` of an object. Raises ObjectNotFound."""
+        """The bytes ``[start, end)`` of an object, fewer when it ends before. Raises ObjectNotFound."""
 
     @abstractmethod
     async def get_file(self, key: str, path: Path) -> None:
@@ -66,13 +66,27 @@ class RemoteStorage(ABC):
     async def close(self) -> None:
         """Release threads and connections."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call runs on although nobody may wait for it any more; it cannot be interrupted."""
+        return False
+
 
 class _Threaded(RemoteStorage):
     def __init__(self, concurrency: int) -> None:
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="remote-storage")
 
+        self._calls: set[Future[Any]] = set()
+
     async def _run(self, call: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+        running = self._threads.submit(call, *arguments)
+        self._calls.add(running)
+        running.add_done_callback(self._calls.discard)
+        return await asyncio.wrap_future(running)
+
+    @property
+    def busy(self) -> bool:
+        return any(call.running() for call in tuple(self._calls))
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -92,7 +106,12 @@ class LocalFsStorage(_Threaded):
             raise RemoteStorageError(f"object key {key!r} leaves the storage directory")
         return path
 
-    async def put(self, key: str, content: bytes) -> None:
+    def _check_root(self) -> None:
+        """A storage that is not there is no empty storage."""
+        if not self._root.is_dir():
+            raise RemoteStorageError(f"the storage directory {self._root} is not there")
+
+    async def put(self, key: str, content: bytes, *, metadata: dict[str, str] | None = None) -> None:
         def store() -> None:
             path = self._path(key)
             try:
@@ -113,6 +132,7 @@ class LocalFsStorage(_Threaded):
                     file.seek(start)
                     return file.read() if end is None else file.read(max(0, end - start))
             except FileNotFoundError:
+                self._check_root()
                 raise ObjectNotFound(f"object {key} does not exist") from None
             except OSError as error:
                 raise RemoteStorageError(f"cannot read {key}: {error}") from error
@@ -125,15 +145,24 @@ class LocalFsStorage(_Threaded):
 
     async def list_keys(self, prefix: str) -> list[str]:
         def walk() -> list[str]:
+            self._check_root()
             base = prefix.rpartition("/")[0]
             start = self._path(base) if base else self._root
-            keys = (str(p.relative_to(self._root)) for p in start.rglob("*") if p.is_file())
+            keys = []
+            for directory, _, names in os.walk(start, onerror=unreadable):
+                relative = Path(directory).relative_to(self._root)
+                keys += [str(relative / name) for name in names]
             return sorted(k for k in keys if k.startswith(prefix) and not k.endswith(".___temp"))
+
+        def unreadable(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # nothing below this prefix, or just deleted
+                raise RemoteStorageError(f"cannot list {prefix}: {error}") from error
 
         return await self._run(walk)
 
     async def list_directories(self, prefix: str) -> list[str]:
         def scan() -> list[str]:
+            self._check_root()
             directory = self._path(prefix.rstrip("/")) if prefix.strip("/") else self._root
             return sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
 
@@ -193,16 +222,26 @@ class S3Storage(_Threaded):
 
         return await self._run(guarded)
 
-    async def put(self, key: str, content: bytes) -> None:
-        await self._call(key, lambda: self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=content))
+    async def put(self, key: str, content: bytes, *, metadata: dict[str, str] | None = None) -> None:
+        extra = {"Metadata": metadata} if metadata else {}
+        await self._call(
+            key, lambda: self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=content, **extra)
+        )
 
     async def put_file(self, key: str, path: Path) -> None:
         await self._call(key, lambda: self._client.upload_file(str(path), self._bucket, self._prefix + key))
 
     async def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        from botocore.exceptions import ClientError
+
         def load() -> bytes:
             extra = {} if start == 0 and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
-            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **extra)["Body"].read()
+            try:
+                return self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **extra)["Body"].read()
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+                    return b""  # the object ends before the range
+                raise
 
         return b"" if end is not None and end <= start else await self._call(key, load)
 

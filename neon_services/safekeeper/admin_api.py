@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -64,6 +65,10 @@ class AdminApi:
         if not all(isinstance(name, str) for name in names):
             raise ApiError(400, "field 'apply_fields' must be a list of names")
         timeline = self._timelines.get(ttid_of(request))
+        async with timeline.residence(), timeline.partial_backup_lock:  # nobody else writes the control file meanwhile
+            return self._patch(timeline, updates, names)
+
+    def _patch(self, timeline: Timeline, updates: dict[str, Any], names: list[str]) -> web.Response:
         timeline.run(timeline.acceptor.persist_volatile())
         old = timeline.control
         new = patched(old, updates, names)  # ValueError becomes status 400
@@ -112,11 +117,12 @@ class AdminApi:
         """Copy through the same checks that a copy from another safekeeper passes."""
         unpacker = SnapshotUnpacker(staged, control.ttid, sync=self._config.sync)
         try:
-            with timeline.hold_removal():
-                archive = Snapshot(timeline, control, control.acceptor.local_start_lsn, until_lsn)
-                async with contextlib.aclosing(archive.stream()) as pieces:
-                    async for piece in pieces:
-                        await asyncio.to_thread(unpacker.feed, piece)
+            async with timeline.residence():
+                with timeline.hold_removal():
+                    archive = Snapshot(timeline, control, control.acceptor.local_start_lsn, until_lsn)
+                    async with contextlib.aclosing(archive.stream()) as pieces:
+                        async for piece in pieces:
+                            await asyncio.to_thread(unpacker.feed, piece)
             await asyncio.to_thread(unpacker.finish, None)
         except CorruptionError as error:
             raise ApiError(400, f"until_lsn: {format_lsn(until_lsn)} is not the end of a record: {error}") from error

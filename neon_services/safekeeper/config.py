@@ -1,7 +1,26 @@
 """What the command line says, checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """How WAL goes to object storage. Durations are in seconds, lags in bytes of WAL; a lag of 0 is no limit."""
+
+    #: Full and partial segments are sent.
+    wal_backup: bool = True
+    backup_parallel_jobs: int = 5
+    heartbeat_timeout_s: float = 5.0
+    max_offloader_lag: int = 128 * 1024 * 1024
+    max_reelect_offloader_lag: int = 0
+    partial_backup_timeout_s: float = 900.0
+    partial_backup_concurrency: int = 5
+    #: Idle timelines are evicted from the disk.
+    eviction: bool = False
+    delete_offloaded_wal: bool = False
+    eviction_min_resident_s: float = 900.0
 
 
 @dataclass(frozen=True)
@@ -23,3 +42,9 @@ class SafekeeperConfig:
     walsenders_keep_horizon: bool = False
     peer_recovery: bool = False
     sync: bool = True
+    #: The remote_storage table; None: no WAL is sent, and none is ever removed.
+    remote_storage: dict[str, Any] | None = None
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    max_timeline_disk_usage_bytes: int = 0
+    max_global_disk_usage_ratio: float = 0.0
+    global_disk_check_interval_s: float = 60.0

@@ -29,9 +29,12 @@ from neon_services.safekeeper.http_fields import (
 )
 from neon_services.safekeeper.membership_api import MembershipApi
 from neon_services.safekeeper.openapi import document
+from neon_services.safekeeper.partial_backup import reset_partial_backup
 from neon_services.safekeeper.pull_timeline import NotMember, PullFailed
+from neon_services.safekeeper.remote_deletion import RemoteDeletion
 from neon_services.safekeeper.snapshot import SnapshotAborted, SnapshotRefused
 from neon_services.safekeeper.status import disk_content, memory_dump, now_text, timeline_status, wal_last_modified
+from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import TimelineBroken, TimelineDeleted, TimelineNotFound, Timelines
 from neon_services.safekeeper.wal_reader import WalNotHere
 
@@ -61,11 +64,12 @@ async def _status_of_errors(request: web.Request, handler: Endpoint) -> web.Stre
 class HttpApi:
     """The endpoints."""
 
-    def __init__(self, config: SafekeeperConfig, timelines: Timelines) -> None:
+    def __init__(self, config: SafekeeperConfig, timelines: Timelines, remote_deletion: RemoteDeletion | None = None) -> None:
         self._config = config
         self._timelines = timelines
         self._membership = MembershipApi(config, timelines)
         self._admin = AdminApi(config, timelines)
+        self._remote_deletion = remote_deletion
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -86,6 +90,7 @@ class HttpApi:
         self._admin.add_routes(router)
         router.add_post(TIMELINE_PATH + "/checkpoint", self.checkpoint)
         router.add_get(TIMELINE_PATH + "/digest", self.digest)
+        router.add_post(TIMELINE_PATH + "/backup_partial_reset", self.backup_partial_reset)
         router.add_post("/v1/record_safekeeper_info/{tenant_id}/{timeline_id}", self.record_safekeeper_info)
         return application
 
@@ -97,7 +102,7 @@ class HttpApi:
 
     async def status(self, _: web.Request) -> web.Response:
         """GET /v1/status."""
-        return json_response({"id": self._config.node_id})
+        return json_response({"id": self._config.node_id, "wal_refused": self._timelines.disk_refusal})
 
     async def utilization(self, _: web.Request) -> web.Response:
         """GET /v1/utilization."""
@@ -183,14 +188,29 @@ class HttpApi:
         return json_response(timeline_status(self._timelines.get(ttid_of(request)), self._config.heartbeat_timeout_s))
 
     async def delete_timeline(self, request: web.Request) -> web.Response:
-        """DELETE one timeline. There is no remote WAL yet, so ``only_local`` makes no difference."""
-        flag_parameter(request.query, "only_local")
-        return json_response({"dir_existed": self._timelines.delete(ttid_of(request))})
+        """DELETE one timeline, and unless ``only_local`` its objects, in the background."""
+        only_local = flag_parameter(request.query, "only_local")
+        ttid = ttid_of(request)
+        timeline = self._timelines.find(ttid)
+        existed = self._timelines.delete(ttid)
+        if not only_local:
+            self._delete_objects(timeline)
+        return json_response({"dir_existed": existed})
+
+    def _delete_objects(self, timeline: Timeline | None) -> None:
+        # who never had the timeline, was excluded from it, or only clears a broken copy, must not delete what all members share
+        if timeline is not None and self._remote_deletion is not None:
+            self._remote_deletion.schedule(timeline.ttid, timeline)
 
     async def delete_tenant(self, request: web.Request) -> web.Response:
-        """DELETE all timelines of a tenant."""
-        flag_parameter(request.query, "only_local")
-        removed = self._timelines.delete_tenant(parse_id(TenantId, request.match_info["tenant_id"], "tenant_id"))
+        """DELETE all timelines of a tenant, and unless ``only_local`` their objects, in the background."""
+        only_local = flag_parameter(request.query, "only_local")
+        tenant_id = parse_id(TenantId, request.match_info["tenant_id"], "tenant_id")
+        timelines = [timeline for timeline in self._timelines.all() if timeline.ttid.tenant_id == tenant_id]
+        removed = self._timelines.delete_tenant(tenant_id)
+        if not only_local:
+            for timeline in timelines:
+                self._delete_objects(timeline)
         return json_response({str(timeline_id): {"dir_existed": existed} for timeline_id, existed in removed.items()})
 
     # -- one timeline's state
@@ -217,16 +237,25 @@ class HttpApi:
                 400, f"until_lsn {format_lsn(until_lsn)} is after flush_lsn {format_lsn(timeline.acceptor.flush_lsn)}"
             )
         digest = hashlib.sha256()
-        reader = timeline.reader()
-        try:
-            position = from_lsn
-            while position < until_lsn:
-                data = await reader.read(position, min(DIGEST_CHUNK_BYTES, until_lsn - position))
-                await asyncio.to_thread(digest.update, data)
-                position = Lsn(position + len(data))
-        finally:
-            reader.close()
+        async with timeline.residence():
+            reader = timeline.reader()
+            try:
+                position = from_lsn
+                while position < until_lsn:
+                    data = await reader.read(position, min(DIGEST_CHUNK_BYTES, until_lsn - position))
+                    await asyncio.to_thread(digest.update, data)
+                    position = Lsn(position + len(data))
+            finally:
+                reader.close()
         return json_response({"sha256": digest.hexdigest()})
+
+    async def backup_partial_reset(self, request: web.Request) -> web.Response:
+        """POST backup_partial_reset: delete this safekeeper's partial segments from object storage; their names."""
+        timeline = self._timelines.get(ttid_of(request))
+        if timeline.remote is None:
+            raise ApiError(412, "this safekeeper has no --remote-storage")
+        async with timeline.residence():
+            return json_response(await timeline.unbroken(reset_partial_backup(timeline)))
 
     async def record_safekeeper_info(self, request: web.Request) -> web.Response:
         """POST record_safekeeper_info: what a peer would say through the broker (for tests)."""

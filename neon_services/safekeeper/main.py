@@ -21,7 +21,7 @@ from neon_services.ground.net import parse_host_port, parse_http_endpoint
 from neon_services.ground.process import PidFile, configure_logging, notify_systemd, run_service, wait_for_stop_signal
 from neon_services.ground.remote_storage import parse_remote_storage_option
 from neon_services.ground.units import parse_duration_ms
-from neon_services.safekeeper.config import SafekeeperConfig
+from neon_services.safekeeper.config import OffloadConfig, SafekeeperConfig
 from neon_services.safekeeper.control_file import ControlFile
 from neon_services.safekeeper.server import SafekeeperServer
 
@@ -43,9 +43,6 @@ class _LaterOption:
 _LATER = (
     _LaterOption("--listen-pg-tenant-only", ("",)),
     _LaterOption("--listen-https", ("",)),
-    _LaterOption("--max-reelect-offloader-lag-bytes", ("0",)),
-    _LaterOption("--max-timeline-disk-usage-bytes", ("0",)),
-    _LaterOption("--max-global-disk-usage-ratio", ("0", "0.0")),
     _LaterOption("--pg-auth-public-key-path", ("",)),
     _LaterOption("--pg-tenant-only-auth-public-key-path", ("",)),
     _LaterOption("--http-auth-public-key-path", ("",)),
@@ -54,8 +51,6 @@ _LATER = (
     _LaterOption("--hcc-base-url", ("",)),
     _LaterOption("--max-delta-for-fanout"),
     _LaterOption("--force-metric-collection-on-scrape", ("true",)),
-    _LaterOption("--enable-offload", takes_value=False),
-    _LaterOption("--delete-offloaded-wal", takes_value=False),
     _LaterOption("--wal-reader-fanout", takes_value=False),
     _LaterOption("--use-https-safekeeper-api", takes_value=False),
     _LaterOption("--enable-tls-wal-service-api", takes_value=False),
@@ -63,12 +58,6 @@ _LATER = (
 )
 # they tune features that are off, so any value changes nothing
 _IRRELEVANT = (
-    "--max-offloader-lag",
-    "--global-disk-check-interval",
-    "--wal-backup-parallel-jobs",
-    "--partial-backup-timeout",
-    "--partial-backup-concurrency",
-    "--eviction-min-resident",
     "--ssl-key-file",
     "--ssl-cert-file",
     "--ssl-cert-reload-period",
@@ -97,8 +86,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--peer-recovery", default="false", metavar="true|false", help="catch up from peers while no compute streams")
     add("--disable-periodic-broker-push", action="store_true")
     add("--walsenders-keep-horizon", action="store_true", help="keep WAL that a connected pageserver has not received")
-    add("--disable-wal-backup", action="store_true", help="do not upload WAL (there is no upload yet)")
-    add("--remote-storage", metavar="TOML", help="checked; this version does not upload WAL yet")
+    add("--remote-storage", metavar="TOML", help="where WAL is sent; without it no WAL is ever removed from the disk")
+    add("--disable-wal-backup", action="store_true", help="only read WAL from object storage, send none")
+    add("--wal-backup-parallel-jobs", type=int, default=5, metavar="N", help="segments that are sent at once")
+    add("--max-offloader-lag", type=int, default=1 << 27, metavar="BYTES", help="who is further behind sends no WAL")
+    add("--max-reelect-offloader-lag-bytes", type=int, default=0, metavar="BYTES",
+        help="another member takes over when so much is not sent; 0: never")  # fmt: skip
+    add("--partial-backup-timeout", default="15m", metavar="DURATION",
+        help="the last segment of a timeline is sent when it has been the last for so long")  # fmt: skip
+    add("--partial-backup-concurrency", type=int, default=5, metavar="N")
+    add("--enable-offload", action="store_true", help="evict idle timelines to object storage")
+    add("--delete-offloaded-wal", action="store_true", help="delete the last segment of an evicted timeline")
+    add("--eviction-min-resident", default="15m", metavar="DURATION", help="no timeline is evicted sooner")
+    add("--max-timeline-disk-usage-bytes", type=int, default=0, metavar="BYTES", help="WAL of one timeline; 0: no limit")
+    add("--max-global-disk-usage-ratio", type=float, default=0.0, metavar="RATIO", help="of the file system; 0: no limit")
+    add("--global-disk-check-interval", default="60s", metavar="DURATION")
     add("--log-format", choices=["plain", "json"], default="plain")
     add("--current-thread-runtime", action="store_true", help="always so here")
     add("--dev", action="store_true", help="accepted; changes nothing here")
@@ -119,10 +121,6 @@ def _refuse_later_options(arguments: argparse.Namespace) -> None:
         if value is None or value is False or value in option.off:
             continue
         raise ConfigError(f"{option.name} is not supported yet: leave it out")
-    if arguments.remote_storage:
-        parse_remote_storage_option(arguments.remote_storage)
-        if not arguments.disable_wal_backup:
-            log.warning("--remote-storage: this version does not upload WAL yet, so no WAL is ever removed from the disk")
 
 
 def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> SafekeeperConfig:
@@ -136,7 +134,21 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
 
     if arguments.peer_recovery not in ("true", "false"):
         raise ConfigError(f"--peer-recovery: {arguments.peer_recovery!r} is neither true nor false")
+
+    def number(option: str, least: int) -> int:
+        value = getattr(arguments, option.removeprefix("--").replace("-", "_"))
+        if value < least:
+            raise ConfigError(f"{option} must be at least {least}, not {value}")
+        return int(value)
+
     parse_http_endpoint(arguments.broker_endpoint, what="--broker-endpoint")
+    if not 0.0 <= arguments.max_global_disk_usage_ratio <= 1.0:
+        raise ConfigError(f"--max-global-disk-usage-ratio must be from 0 to 1, not {arguments.max_global_disk_usage_ratio}")
+    remote_storage = parse_remote_storage_option(arguments.remote_storage) if arguments.remote_storage else None
+    if arguments.enable_offload and (remote_storage is None or arguments.disable_wal_backup):
+        raise ConfigError("--enable-offload needs --remote-storage, and not --disable-wal-backup")
+    if arguments.delete_offloaded_wal and not arguments.enable_offload:
+        raise ConfigError("--delete-offloaded-wal needs --enable-offload")
     listen_pg = parse_host_port(arguments.listen_pg, what="--listen-pg")
     advertise_pg = arguments.advertise_pg or arguments.listen_pg
     parse_host_port(advertise_pg, what="--advertise-pg")
@@ -156,6 +168,22 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         walsenders_keep_horizon=arguments.walsenders_keep_horizon,
         peer_recovery=arguments.peer_recovery == "true",
         sync=not arguments.no_sync,
+        remote_storage=remote_storage,
+        offload=OffloadConfig(
+            wal_backup=remote_storage is not None and not arguments.disable_wal_backup,
+            backup_parallel_jobs=number("--wal-backup-parallel-jobs", 1),
+            heartbeat_timeout_s=seconds("--heartbeat-timeout"),
+            max_offloader_lag=number("--max-offloader-lag", 0),
+            max_reelect_offloader_lag=number("--max-reelect-offloader-lag-bytes", 0),
+            partial_backup_timeout_s=seconds("--partial-backup-timeout"),
+            partial_backup_concurrency=number("--partial-backup-concurrency", 1),
+            eviction=arguments.enable_offload,
+            delete_offloaded_wal=arguments.delete_offloaded_wal,
+            eviction_min_resident_s=seconds("--eviction-min-resident"),
+        ),
+        max_timeline_disk_usage_bytes=number("--max-timeline-disk-usage-bytes", 0),
+        max_global_disk_usage_ratio=arguments.max_global_disk_usage_ratio,
+        global_disk_check_interval_s=seconds("--global-disk-check-interval"),
     )
 
 
@@ -201,7 +229,7 @@ def _enter_datadir(text: str) -> Path:
     return datadir
 
 
-async def _serve(arguments: argparse.Namespace) -> int:
+async def _serve(arguments: argparse.Namespace, servers: list[SafekeeperServer]) -> int:
     if arguments.dump_control_file is not None:
         return dump_control_file(Path(arguments.dump_control_file))
     _refuse_later_options(arguments)
@@ -213,6 +241,7 @@ async def _serve(arguments: argparse.Namespace) -> int:
         return 0
     config = read_config(arguments, datadir, node_id)
     server = SafekeeperServer(config)
+    servers.append(server)
     await server.start()
     log.info("safekeeper %d: WAL service on %s, HTTP on %s", node_id, arguments.listen_pg, arguments.listen_http)
     notify_systemd("READY=1")
@@ -235,7 +264,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     configure_logging(arguments.log_format)
     prometheus_client.disable_created_metrics()
-    return run_service(lambda: _serve(arguments))
+    servers: list[SafekeeperServer] = []
+    code = run_service(lambda: _serve(arguments, servers))
+    if any(server.has_unfinished_requests for server in servers):
+        # everything is saved; a request to an object store that hangs must not delay the end (and the restart) for minutes
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

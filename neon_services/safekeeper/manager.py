@@ -12,6 +12,8 @@ from neon_services.consensus.acceptor import Acceptor
 from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import Lsn
 from neon_services.safekeeper import metrics
+from neon_services.safekeeper.disk_guard import refusal_of_timeline
+from neon_services.safekeeper.offload import Offload
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
 
@@ -21,9 +23,9 @@ MIN_INTERVAL_S = 0.3
 SWEEP_INTERVAL_S = 5.0
 
 
-def is_broker_active(acceptor: Acceptor, computes: int) -> bool:
-    """Whether the broker should know about the timeline: somebody writes, or the pageserver lacks committed WAL."""
-    return computes > 0 or acceptor.remote_consistent_lsn < acceptor.commit_lsn
+def is_broker_active(acceptor: Acceptor, computes: int, *, backup_required: bool = False) -> bool:
+    """Whether the broker should know about the timeline: somebody writes, or committed WAL is not yet where it must go."""
+    return backup_required or computes > 0 or acceptor.remote_consistent_lsn < acceptor.commit_lsn
 
 
 def must_save(acceptor: Acceptor, segment_size: int, since_saved_s: float, save_interval_s: float) -> bool:
@@ -50,11 +52,29 @@ def removal_horizon(timeline: Timeline, *, walsenders_keep_horizon: bool) -> Lsn
     return horizon
 
 
+def removal_waits_for_save(acceptor: Acceptor, segment_size: int) -> bool:
+    """Whether a segment could be removed if the LSNs in memory were saved."""
+    state = acceptor.state
+    saved = min(state.remote_consistent_lsn, state.backup_lsn, state.commit_lsn)
+    known = min(acceptor.remote_consistent_lsn, acceptor.backup_lsn, acceptor.commit_lsn)
+    return known // segment_size > saved // segment_size
+
+
 class Manager:
     """Looks at each timeline soon after it changed, at most every 300 ms, and at all of them every few seconds."""
 
-    def __init__(self, timelines: Timelines, *, save_interval_s: float, walsenders_keep_horizon: bool) -> None:
+    def __init__(
+        self,
+        timelines: Timelines,
+        *,
+        save_interval_s: float,
+        walsenders_keep_horizon: bool,
+        offload: Offload | None = None,
+        max_timeline_disk_usage_bytes: int = 0,
+    ) -> None:
         self._timelines = timelines
+        self._offload = offload
+        self._max_timeline_disk_usage_bytes = max_timeline_disk_usage_bytes
         self._save_interval_s = save_interval_s
         self._walsenders_keep_horizon = walsenders_keep_horizon
         self._changed: set[Timeline] = set()
@@ -72,6 +92,8 @@ class Manager:
             if time.monotonic() >= next_sweep:
                 next_sweep = time.monotonic() + SWEEP_INTERVAL_S
                 self._changed.update(self._timelines.all())
+                if self._offload is not None:
+                    self._offload.prune(set(self._timelines.all()))
             changed, self._changed = self._changed, set()
             self._news.clear()
             for timeline in changed:
@@ -87,27 +109,27 @@ class Manager:
     def tend(self, timeline: Timeline) -> None:
         """One look at one timeline."""
         metrics.MANAGER_ITERATIONS.inc()
-        active = is_broker_active(timeline.acceptor, timeline.computes)
+        required = self._offload is not None and self._offload.required(timeline)
+        active = is_broker_active(timeline.acceptor, timeline.computes, backup_required=required)
         if active != timeline.active:
             timeline.active = active
             timeline.push_once = True
             metrics.MANAGER_ACTIVE_CHANGES.inc()
         since_saved = time.monotonic() - timeline.control_saved_at
         try:
-            if must_save(timeline.acceptor, timeline.segment_size, since_saved, self._save_interval_s):
+            if must_save(timeline.acceptor, timeline.segment_size, since_saved, self._save_interval_s) or (
+                self._offload is not None and removal_waits_for_save(timeline.acceptor, timeline.segment_size)
+            ):
                 timeline.run(timeline.acceptor.persist_volatile())
-            self._remove_wal(timeline)
         except NeonError as error:
             log.error("timeline %s: %s", timeline.ttid, error)
+        if self._offload is not None:
+            self._offload.tend(timeline)
+            self._remove_wal(timeline, self._offload)
+        timeline.wal_refusal = refusal_of_timeline(timeline.disk_usage_bytes, self._max_timeline_disk_usage_bytes)
 
-    def _remove_wal(self, timeline: Timeline) -> None:
-        if timeline.removal_holds:
-            return
+    def _remove_wal(self, timeline: Timeline, offload: Offload) -> None:
         horizon = removal_horizon(timeline, walsenders_keep_horizon=self._walsenders_keep_horizon)
         last = horizon // timeline.segment_size - 1
         if last > timeline.removed_segment:
-            removed = timeline.store.remove_below(last + 1)
-            timeline.removed_segment = last
-            if removed:
-                metrics.REMOVED_WAL_SEGMENTS.inc(removed)
-                log.info("timeline %s: removed %d WAL segments up to number %d", timeline.ttid, removed, last)
+            offload.remove_below(timeline, last + 1)

@@ -97,20 +97,21 @@ class MembershipApi:
             raise ApiError(400, f"destination_id: {destination[:80]!r} is not the id of a safekeeper")
         timeline = self._timelines.get(ttid_of(request))
         started = time.perf_counter()
-        with timeline.hold_removal():
-            archive = Snapshot.of(timeline)
-            response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
-            await response.prepare(request)
-            try:
-                async with contextlib.aclosing(archive.stream()) as pieces:
-                    async for piece in pieces:
-                        async with asyncio.timeout(STALL_TIMEOUT_S):  # WAL is not kept for ever for who does not read
-                            await response.write(piece)
-                await response.write_eof()
-            except (NeonError, OSError) as error:
-                # the status is out already: only a torn connection says that the copy is not whole
-                log.warning("snapshot of timeline %s for safekeeper %s ended early: %r", timeline.ttid, destination, error)
-                if request.transport is not None:
-                    request.transport.abort()
+        async with timeline.residence():
+            with timeline.hold_removal():
+                archive = Snapshot.of(timeline)
+                response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+                await response.prepare(request)
+                try:
+                    async with contextlib.aclosing(archive.stream()) as pieces:
+                        async for piece in pieces:
+                            async with asyncio.timeout(STALL_TIMEOUT_S):  # WAL is not kept for ever for who does not read
+                                await response.write(piece)
+                    await response.write_eof()
+                except (NeonError, OSError) as error:
+                    # the status is out already: only a torn connection says that the copy is not whole
+                    log.warning("snapshot of timeline %s for safekeeper %s ended early: %r", timeline.ttid, destination, error)
+                    if request.transport is not None:
+                        request.transport.abort()
         metrics.MISC_OPERATION_SECONDS.labels("snapshot").observe(time.perf_counter() - started)
         return response

@@ -14,6 +14,21 @@ PERSIST_CONTROL_FILE_SECONDS = Histogram(
 WAL_DISK_IO_ERRORS = Counter("safekeeper_wal_disk_io_errors", "Failed operations on WAL segments")
 REMOVED_WAL_SEGMENTS = Counter("safekeeper_removed_wal_segments", "WAL segments removed")
 
+BACKED_UP_SEGMENTS = Counter("safekeeper_backed_up_segments", "Full WAL segments sent to object storage")
+BACKUP_ERRORS = Counter("safekeeper_backup_errors", "Failed attempts to send a full WAL segment")
+BACKUP_REELECT_LEADER = Counter("safekeeper_backup_reelect_leader", "Times another member was chosen because of a backlog")
+WAL_BACKUP_TASKS_STARTED = Counter("safekeeper_wal_backup_tasks_started", "Times this member began to send a timeline's WAL")
+WAL_BACKUP_TASKS_FINISHED = Counter("safekeeper_wal_backup_tasks_finished", "Times this member stopped sending it")
+PARTIAL_BACKUP_UPLOADS = Counter("safekeeper_partial_backup_uploads", "Uploads of partial segments", ["result"])
+PARTIAL_BACKUP_UPLOADED_BYTES = Counter("safekeeper_partial_backup_uploaded_bytes", "Bytes of uploaded partial segments")
+EVICTION_EVENTS_STARTED = Counter("safekeeper_eviction_events_started", "Evictions and their reversals begun", ["kind"])
+EVICTION_EVENTS_COMPLETED = Counter("safekeeper_eviction_events_completed", "Evictions and their reversals done", ["kind"])
+WAL_STORAGE_LIMIT_ERRORS = Counter("safekeeper_wal_storage_limit_errors", "Messages refused because the disk is too full")
+WAL_REFUSED = Gauge("safekeeper_wal_refused", "1 while no timeline accepts WAL because the disk is too full")
+GLOBAL_DISK_UTILIZATION_CHECK_SECONDS = Histogram(
+    "safekeeper_global_disk_utilization_check_seconds", "Seconds to ask how full the disk is", buckets=_FAST
+)
+
 PROPOSER_ACCEPTOR_MESSAGES = Counter(
     "safekeeper_proposer_acceptor_messages", "Messages of proposers, by what became of them", ["outcome"]
 )

@@ -144,7 +144,7 @@ def _paths() -> dict[str, dict[str, Any]]:
     found = (404,)
     add("get", "/metrics", "Metrics", TEXT, content="text/plain")
     add("get", "/v1/openapi.json", "This document", ANYTHING)
-    add("get", "/v1/status", "Who I am", _object({"id": U64}))
+    add("get", "/v1/status", "Who I am, and why WAL is refused, if it is", _object({"id": U64}, {"wal_refused": TEXT}))
     add("get", "/v1/utilization", "How much there is here", _object({"timeline_count": U64}))
     usage = _object({"data_dir": TEXT, "capacity_bytes": U64, "usage_bytes": U64})
     add("get", "/v1/debug/filesystem_usage", "The file system of the data directory", usage)
@@ -176,6 +176,8 @@ def _paths() -> dict[str, dict[str, Any]]:
     add("post", TIMELINE_PATH + "/checkpoint", "Save the control file", NULL, errors=found)
     lsns = tuple(_parameter(name, "query", LSN, required=True) for name in ("from_lsn", "until_lsn"))
     add("get", TIMELINE_PATH + "/digest", "SHA-256 of a range of WAL", _object({"sha256": TEXT}), query=lsns, errors=found)
+    path = TIMELINE_PATH + "/backup_partial_reset"
+    add("post", path, "Delete the partial segments in object storage", _list(TEXT), errors=(404, 412))
     path = TIMELINE_PATH + "/snapshot/{destination_id}"
     add("get", path, "A copy as a tar stream", TEXT, errors=(404, 412), content="application/octet-stream")
     pulled = _object({}, {"safekeeper_host": TEXT})

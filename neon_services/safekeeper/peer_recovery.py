@@ -115,8 +115,8 @@ class PeerRecovery:
                 return
             if timeline in self._running or timeline.cancelled or is_led(timeline):
                 continue
-            if timeline.control.offloaded_flush_lsn is not None:
-                continue
+            if self._timelines.disk_refusal or timeline.wal_refusal:
+                continue  # a full disk takes no WAL from peers either
             peer = choose_peer(timeline.acceptor, [p for p in timeline.peers.values() if p.seen_at >= fresh])
             if peer is not None:
                 task = asyncio.create_task(self._attempt(timeline, peer))
@@ -125,7 +125,8 @@ class PeerRecovery:
 
     async def _attempt(self, timeline: Timeline, peer: Peer) -> None:
         try:
-            await self._recover(timeline, peer)
+            async with timeline.residence():
+                await self._recover(timeline, peer)
         except (NeonError, OSError) as error:
             log.warning("timeline %s does not catch up from safekeeper %d: %s", timeline.ttid, peer.sk_id, error)
         except Exception:

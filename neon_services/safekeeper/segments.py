@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
 SCRATCH_NAME = "waltmp"
+DOWNLOAD_NAME = "remote_partial.tmp"
 _ZEROS = bytes(1024 * 1024)
 # one thread makes the next segments of all timelines: it is the disk that limits it
 _preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-segment")
@@ -46,8 +47,9 @@ class SegmentDirectory:
         self._prepared: Future[None] | None = None
 
     def discard_scratch(self) -> None:
-        """Remove what an interrupted creation left. Done once, before anything else."""
-        (self.path / SCRATCH_NAME).unlink(missing_ok=True)
+        """Remove what an interrupted creation or download left, while none is under way."""
+        for name in (SCRATCH_NAME, DOWNLOAD_NAME):
+            (self.path / name).unlink(missing_ok=True)
 
     def complete_path(self, segment: int) -> Path:
         """The name of a complete segment."""

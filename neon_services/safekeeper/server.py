@@ -4,18 +4,23 @@ import asyncio
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import prometheus_client
 
 from neon_services.ground.durable import sync_filesystem
 from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.http import serve
+from neon_services.ground.remote_storage import RemoteStorage, open_remote_storage
 from neon_services.protocols.pgserver import PgServer
 from neon_services.safekeeper.broker_loops import BrokerLoops
 from neon_services.safekeeper.config import SafekeeperConfig
+from neon_services.safekeeper.disk_guard import DiskGuard
 from neon_services.safekeeper.http_api import HttpApi
 from neon_services.safekeeper.manager import Manager
+from neon_services.safekeeper.offload import Offload
 from neon_services.safekeeper.peer_recovery import PeerRecovery
+from neon_services.safekeeper.remote_deletion import RemoteDeletion
 from neon_services.safekeeper.timeline_metrics import TimelineCollector
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.wal_service import WalServiceHandler
@@ -30,6 +35,8 @@ class SafekeeperServer:
     def __init__(self, config: SafekeeperConfig) -> None:
         self._config = config
         self.timelines = Timelines(config.datadir, config.node_id, sync=config.sync)
+        self._offload: Offload | None = None
+        self._remote_deletion: RemoteDeletion | None = None
         self._pg = PgServer(lambda connection: WalServiceHandler(self.timelines, connection))
         self._broker = BrokerClient(config.broker_endpoint, keepalive_interval_ms=config.broker_keepalive_interval_ms)
         self._tasks: list[asyncio.Task[None]] = []
@@ -40,6 +47,13 @@ class SafekeeperServer:
         if config.sync:
             # what a killed process wrote may still be in the page cache only, and it will be reported as flushed
             await asyncio.to_thread(sync_filesystem, config.datadir)
+        if config.remote_storage is not None:
+            storage = self._open_storage(config.remote_storage)
+            self.timelines.storage = storage
+            self._offload = Offload(config.offload, config.node_id)
+            self._remote_deletion = RemoteDeletion(self.timelines, storage, config.datadir, sync=config.sync)
+        else:
+            log.warning("without --remote-storage no WAL is ever removed from the disk")
         self.timelines.load()
         self.timelines.discard = lambda path: asyncio.get_running_loop().run_in_executor(None, _discard, path)
         log.info("loaded %d timelines, %d are broken", len(self.timelines.all()), len(self.timelines.broken))
@@ -47,7 +61,17 @@ class SafekeeperServer:
             self.timelines,
             save_interval_s=config.control_file_save_interval_s,
             walsenders_keep_horizon=config.walsenders_keep_horizon,
+            offload=self._offload,
+            max_timeline_disk_usage_bytes=config.max_timeline_disk_usage_bytes,
         )
+        guard = DiskGuard(
+            self.timelines,
+            config.datadir,
+            max_ratio=config.max_global_disk_usage_ratio,
+            ratio_interval_s=config.global_disk_check_interval_s,
+        )
+        if self._remote_deletion is not None:
+            self._remote_deletion.resume()
         loops = BrokerLoops(config, self.timelines, self._broker)
         await self._listen("--listen-pg", config.listen_pg)
         await self._listen("--listen-http", config.listen_http)
@@ -55,9 +79,17 @@ class SafekeeperServer:
         self._tasks = [
             asyncio.create_task(manager.run(), name="manager"),
             asyncio.create_task(loops.run(), name="broker loops"),
+            asyncio.create_task(guard.run(), name="disk guard"),
         ]
         if config.peer_recovery:
             self._tasks.append(asyncio.create_task(PeerRecovery(config, self.timelines).run(), name="peer recovery"))
+
+    @staticmethod
+    def _open_storage(table: dict[str, Any]) -> RemoteStorage:
+        try:
+            return open_remote_storage(table)
+        except OSError as error:
+            raise ConfigError(f"--remote-storage: {table.get('local_path')}: {error.strerror or error}") from error
 
     async def _listen(self, option: str, address: tuple[str, int]) -> None:
         host, port = address
@@ -65,7 +97,7 @@ class SafekeeperServer:
             if option == "--listen-pg":
                 await self._pg.start(host, port)
             else:
-                self._http = await serve(HttpApi(self._config, self.timelines).application(), host, port)
+                self._http = await serve(HttpApi(self._config, self.timelines, self._remote_deletion).application(), host, port)
         except OSError as error:
             raise ConfigError(f"{option}: cannot listen on {host}:{port}: {error.strerror or error}") from error
 
@@ -77,15 +109,26 @@ class SafekeeperServer:
             log.error("%s ended", task.get_name(), exc_info=error)
             raise NeonError(f"the {task.get_name()} task ended: {error}")
 
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether a thread still waits for the object store."""
+        return self.timelines.storage is not None and self.timelines.storage.busy
+
     async def stop(self) -> None:
         """Stop listening, flush and close the timelines."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._offload is not None:
+            await self._offload.stop()
+        if self._remote_deletion is not None:
+            await self._remote_deletion.stop()
         self.timelines.close()
         await self._pg.stop()
         await self._http.cleanup()
         await self._broker.close()
+        if self.timelines.storage is not None:
+            await self.timelines.storage.close()
 
 
 def _discard(directory: Path) -> None:

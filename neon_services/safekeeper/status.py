@@ -44,7 +44,7 @@ def memory_dump(timeline: Timeline) -> dict[str, Any]:
         "is_cancelled": timeline.cancelled,
         "peers_info_len": len(timeline.peers),
         "walsenders": [sender.to_json() for sender in timeline.senders.values()],
-        "wal_backup_active": False,
+        "wal_backup_active": timeline.offloading,
         "active": timeline.active,
         "num_computes": timeline.computes,
         "last_removed_segno": timeline.removed_segment,
@@ -56,12 +56,20 @@ def memory_dump(timeline: Timeline) -> dict[str, Any]:
             "remote_consistent_lsn": format_lsn(acceptor.remote_consistent_lsn),
             "proposer_uuid": acceptor.state.proposer_uuid.hex(),
         },
-        "mgr_status": "Deleted" if timeline.cancelled else "Active" if timeline.active else "Inactive",
+        "mgr_status": _manager_status(timeline),
         "write_lsn": format_lsn(store.write_lsn),
         "write_record_lsn": format_lsn(store.write_record_lsn),
         "flush_lsn": format_lsn(store.flush_lsn),
         "file_open": store.file_open,
     }
+
+
+def _manager_status(timeline: Timeline) -> str:
+    if timeline.cancelled:
+        return "Deleted"
+    if timeline.offloaded:
+        return "Evicted"
+    return "Active" if timeline.active else "Inactive"
 
 
 def disk_content(directory: Path) -> dict[str, Any]:

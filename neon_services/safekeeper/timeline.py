@@ -4,9 +4,10 @@ Invariant: acceptor, log and control file change only inside ``run``, which carr
 synchronously, on the event loop: so no lock is needed, and whoever is told of a change sees all of it.
 """
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,11 +36,15 @@ from neon_services.safekeeper.connections import (
     aggregate_standby_feedback,
     standby_horizon,
 )
-from neon_services.safekeeper.control_file import ControlFile
+from neon_services.safekeeper.control_file import ControlFile, PartialSegment
+from neon_services.safekeeper.offloaded_segment import bring_back
+from neon_services.safekeeper.remote_wal import RemoteWal
 from neon_services.safekeeper.wal_reader import WalReader
 from neon_services.safekeeper.wal_store import WalStore, WalStoreError
 
 Result = TypeVar("Result")
+
+RESIDENCE_TIMEOUT_S = 30.0
 
 
 class Timeline:
@@ -59,8 +64,19 @@ class Timeline:
         self.active = False
         #: Tell the broker once more although the timeline is not active: a peer does not know what we know.
         self.push_once = False
-        self.removed_segment = 0  # the highest segment removed in this process's life
-        self.removal_holds = 0  # while above 0, no WAL is removed
+        self.removed_segment = 0  # the highest segment that is not here any more
+        #: Its WAL in object storage; None when this safekeeper has none.
+        self.remote: RemoteWal | None = None
+        #: Why no WAL is accepted at the moment; None when it is. Read for every message of a proposer.
+        self.wal_refusal: str | None = None
+        self.offloading = False  # this safekeeper sends the timeline's full segments
+        self.guards = 0  # operations that need the WAL on the disk
+        self.resident_since = time.monotonic()
+        self._residence = asyncio.Lock()
+        self._removal_holds = 0
+        self._unbroken: set[asyncio.Future[Any]] = set()
+        #: Held by whoever changes the partial segments in the bucket.
+        self.partial_backup_lock = asyncio.Lock()
         self.control_saved_at = time.monotonic()
         self.ps_feedback_count = 0
         self.ps_corruption_detected = False
@@ -74,8 +90,14 @@ class Timeline:
         """Load a timeline and find the end of its log. Raises OSError, CorruptionError."""
         control = ControlFile.load(directory / "safekeeper.control")
         timeline = cls(node_id, directory, control, sync=sync)
-        timeline.store.recover(control.acceptor.commit_lsn)
+        timeline.store.recover(control.acceptor.commit_lsn, offloaded_flush_lsn=control.offloaded_flush_lsn)
+        timeline.removed_segment = timeline._find_removed_segment()
         return timeline
+
+    def _find_removed_segment(self) -> int:
+        """What was removed by earlier processes: everything below the lowest segment that is here."""
+        first = min(self.store.segments.existing(), default=self.store.flush_lsn // self.segment_size)
+        return max(0, first - 1)
 
     # -- carrying out the acceptor's effects
 
@@ -94,7 +116,18 @@ class Timeline:
         return self.store.initialize(effect.lsn, pg_version=state.pg_version, system_id=state.system_id)
 
     def _persist(self, state: AcceptorState) -> None:
-        control = replace(self.control, acceptor=state)
+        self._save(replace(self.control, acceptor=state))
+
+    def save_partial_backup(self, segments: tuple[PartialSegment, ...]) -> None:
+        """Remember durably which partial segments are, or may be, in the bucket. Raises WalStoreError."""
+        self._save(replace(self.control, partial_backup=segments))
+
+    def save_eviction(self, offloaded_flush_lsn: Lsn | None) -> None:
+        """Remember durably whether the WAL is in the bucket only, and where it ends. Raises WalStoreError."""
+        self._save(replace(self.control, offloaded_flush_lsn=offloaded_flush_lsn))
+        self.resident_since = time.monotonic()
+
+    def _save(self, control: ControlFile) -> None:
         started = time.perf_counter()
         try:
             control.save(self.directory, sync=self._sync)
@@ -141,23 +174,96 @@ class Timeline:
 
     def reader(self) -> WalReader:
         """A new reader of this timeline's WAL."""
-        return WalReader(self.directory, self.segment_size)
+        state = self.acceptor.state
+        # in its first segment the timeline has no WAL below its start, here or elsewhere
+        joined_later = state.local_start_lsn if state.local_start_lsn > state.timeline_start_lsn else INVALID_LSN
+        return WalReader(self.directory, self.segment_size, remote=self.remote, local_start_lsn=joined_later)
 
     @property
     def first_available_lsn(self) -> Lsn:
-        """The first position of the oldest segment that a reader may ask for."""
-        start = self.acceptor.state.local_start_lsn
-        return Lsn(max(start - start % self.segment_size, (self.removed_segment + 1) * self.segment_size))
+        """The first position of the oldest segment that a reader may ask for, here or in object storage."""
+        start = self.acceptor.state.timeline_start_lsn
+        if self.remote is None:
+            return Lsn(max(start - start % self.segment_size, self.first_local_segment * self.segment_size))
+        return Lsn(start - start % self.segment_size)
+
+    @property
+    def first_local_segment(self) -> int:
+        """The lowest segment that can be on this disk."""
+        return max(self.acceptor.state.local_start_lsn // self.segment_size, self.removed_segment + 1)
+
+    @property
+    def disk_usage_bytes(self) -> int:
+        """Bytes of the segments that are here: from the first that was not removed to the one being written."""
+        if self.offloaded:
+            return 0
+        return max(0, self.acceptor.flush_lsn // self.segment_size - self.first_local_segment + 1) * self.segment_size
+
+    # -- what is on the disk
 
     @contextlib.contextmanager
     def hold_removal(self) -> Iterator[None]:
-        """Keep all WAL that is here now: somebody reads what is needed by nobody else."""
-        self.removal_holds += 1
+        """No WAL is removed meanwhile, because somebody copies the files."""
+        self._removal_holds += 1
         try:
             yield
         finally:
-            self.removal_holds -= 1
+            self._removal_holds -= 1
             self.on_change(self)
+
+    @property
+    def removal_held(self) -> bool:
+        """Whether WAL must not be removed just now."""
+        return self._removal_holds > 0
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the WAL is in the bucket only."""
+        return self.control.offloaded_flush_lsn is not None
+
+    @contextlib.asynccontextmanager
+    async def residence(self) -> AsyncIterator[None]:
+        """The WAL is on this disk while the context lasts; an evicted timeline is brought back first.
+
+        Raises NeonError when that fails or takes longer than 30 s; OSError.
+        """
+        self.guards += 1
+        try:
+            if self.offloaded:
+                try:
+                    async with asyncio.timeout(RESIDENCE_TIMEOUT_S):
+                        await self.unbroken(self._bring_back())
+                except TimeoutError:
+                    raise NeonError(
+                        f"timeline {self.ttid} is in object storage and did not come back within {RESIDENCE_TIMEOUT_S:.0f} s"
+                    ) from None
+            yield
+        finally:
+            self.guards -= 1
+            self.on_change(self)
+
+    async def _bring_back(self) -> None:
+        async with self._residence:
+            if not self.offloaded:
+                return
+            metrics.EVICTION_EVENTS_STARTED.labels("restore").inc()
+            await bring_back(self.directory, self.control, self.segment_size, self.remote, sync=self._sync)
+            if self.cancelled:
+                raise Cancelled(f"timeline {self.ttid} is being deleted or shut down")
+            self.save_eviction(None)
+            metrics.EVICTION_EVENTS_COMPLETED.labels("restore").inc()
+
+    async def unbroken(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Await a change of the bucket that goes on to its end when the waiter is cancelled; see bucket_is_quiet()."""
+        task = asyncio.ensure_future(work)
+        self._unbroken.add(task)
+        task.add_done_callback(self._unbroken.discard)
+        return await asyncio.shield(task)
+
+    async def bucket_is_quiet(self) -> None:
+        """Wait until nothing of this timeline is on its way to the bucket."""
+        if self._unbroken:
+            await asyncio.wait(self._unbroken)
 
     # -- feedback
 
@@ -184,11 +290,17 @@ class Timeline:
     def record_peer(self, peer: Peer) -> None:
         """What the broker says about a member, ourselves included."""
         self.peers[peer.sk_id] = peer
-        if peer.info.remote_consistent_lsn < self.acceptor.remote_consistent_lsn:
-            self.push_once = True  # else it stays active for ever, waiting for what the pageserver told only us
+        ours, size = self.acceptor, self.segment_size
+        if (
+            peer.info.remote_consistent_lsn < ours.remote_consistent_lsn
+            or peer.info.backup_lsn // size < ours.backup_lsn // size
+        ):
+            self.push_once = True  # else it stays active for ever, waiting for what only we were told
         if peer.sk_id != self.acceptor.node_id and self.acceptor.peer_info(peer.info):
             self.changed()
             self.on_change(self)
+        elif self.active:
+            self.on_change(self)  # who sends WAL to the bucket depends on who is heard
 
     def learn(self, info: PeerInfo) -> None:
         """Adopt a peer's positions (tests inject them by HTTP)."""

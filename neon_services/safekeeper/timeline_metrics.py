@@ -12,13 +12,6 @@ from neon_services.safekeeper.timelines import Timelines
 LABELS = ("tenant_id", "timeline_id")
 
 
-def _disk_usage(timeline: Timeline) -> float:
-    """Bytes of the segments that are here: from the first that was not removed to the one being written."""
-    size = timeline.segment_size
-    first = max(timeline.acceptor.state.local_start_lsn // size, timeline.removed_segment + 1)
-    return max(0, timeline.acceptor.flush_lsn // size - first + 1) * size
-
-
 def _feedback_time(timeline: Timeline) -> float:
     feedback = timeline.last_ps_feedback
     return to_datetime(feedback.replytime_us).timestamp() if feedback is not None else 0.0
@@ -39,9 +32,9 @@ _GAUGES: tuple[tuple[str, str, Callable[[Timeline], float]], ...] = (
     ("feedback_last_time_seconds", "Time of the pageserver's last feedback", _feedback_time),
     ("ps_corruption_detected", "Whether a pageserver reported corruption", lambda t: t.ps_corruption_detected),
     ("timeline_active", "Whether the timeline is published at the broker", lambda t: t.active),
-    ("wal_backup_active", "Whether this safekeeper uploads the timeline's WAL", lambda t: 0),
+    ("wal_backup_active", "Whether this safekeeper uploads the timeline's WAL", lambda t: t.offloading),
     ("connected_computes", "Connected proposers", lambda t: t.computes),
-    ("disk_usage_bytes", "Bytes of WAL segments on disk", _disk_usage),
+    ("disk_usage_bytes", "Bytes of WAL segments on disk", lambda t: t.disk_usage_bytes),
     ("acceptor_term", "Highest term promised", lambda t: t.acceptor.term),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[Timeline], float]], ...] = (
@@ -64,7 +57,8 @@ class TimelineCollector(Collector):
         active = [timeline for timeline in everything if timeline.active]
         yield GaugeMetricFamily("safekeeper_timelines", "Timelines on this safekeeper", value=len(everything))
         yield GaugeMetricFamily("safekeeper_active_timelines", "Timelines published at the broker", value=len(active))
-        yield GaugeMetricFamily("safekeeper_evicted_timelines", "Timelines whose WAL is in object storage only", value=0)
+        evicted = sum(timeline.offloaded for timeline in everything)
+        yield GaugeMetricFamily("safekeeper_evicted_timelines", "Timelines whose WAL is in object storage only", value=evicted)
         broken = len(self._timelines.broken)
         yield GaugeMetricFamily("safekeeper_broken_timelines", "Timelines whose files are unusable", value=broken)
         for name, text, value in _GAUGES:

@@ -16,8 +16,10 @@ from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.durable import sync_directory
 from neon_services.ground.errors import CorruptionError, NeonError, StaleGeneration
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
+from neon_services.ground.remote_storage import RemoteStorage
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration
 from neon_services.safekeeper.control_file import ControlFile
+from neon_services.safekeeper.remote_wal import RemoteWal
 from neon_services.safekeeper.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,12 @@ class Timelines:
         self.on_change: Callable[[Timeline], None] = lambda _: None
         #: Deletes the files of a timeline that is out of sight already; thousands of segments take their time.
         self.discard: Callable[[Path], object] = shutil.rmtree
+        #: Called when any timeline begins a segment.
+        self.on_segment: Callable[[], None] = lambda: None
+        #: Where WAL is offloaded to; set before load().
+        self.storage: RemoteStorage | None = None
+        #: Why no timeline accepts WAL at the moment; None when the disk has room.
+        self.disk_refusal: str | None = None
 
     def load(self) -> None:
         """Open everything in the data directory; a broken timeline is logged and kept apart. Raises OSError."""
@@ -85,8 +93,18 @@ class Timelines:
             log.error("timeline %s is broken: %s", ttid, error)
             self.broken[ttid] = str(error)
             return
+        self._register(timeline)
+
+    def _register(self, timeline: Timeline) -> None:
+        """An opened timeline becomes one of ours."""
         timeline.on_change = self._changed
-        self._timelines[ttid] = timeline
+        timeline.store.on_segment = self._segment_begun
+        if self.storage is not None:
+            timeline.remote = RemoteWal(self.storage, timeline.ttid)
+        self._timelines[timeline.ttid] = timeline
+
+    def _segment_begun(self) -> None:
+        self.on_segment()
 
     def _changed(self, timeline: Timeline) -> None:
         self.on_change(timeline)
@@ -160,8 +178,7 @@ class Timelines:
         except (OSError, NeonError) as error:
             self.broken[ttid] = str(error)
             raise
-        timeline.on_change = self._changed
-        self._timelines[ttid] = timeline
+        self._register(timeline)
         self._tombstones.pop(ttid, None)
         log.info("created timeline %s", ttid)
         return timeline

@@ -6,6 +6,7 @@ The timeline is named by ``tenant_id`` and ``timeline_id`` in the startup packet
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 
@@ -95,6 +96,13 @@ class WalServiceHandler:
         codec = V2 if version == PROTOCOL_VERSION_2 else V3
         receiver = WalReceiver(self._timelines, self._connection, self._ttid(), codec, allow_creation=allow_creation)
         self._receiver = receiver
+        timeline = self._timelines.find(self._ttid())
+        async with contextlib.AsyncExitStack() as needs:
+            if timeline is not None:
+                await needs.enter_async_context(timeline.residence())
+            await self._follow_proposer(receiver)
+
+    async def _follow_proposer(self, receiver: WalReceiver) -> None:
         receiver.start()
         while True:
             try:
@@ -116,7 +124,8 @@ class WalServiceHandler:
         term = None if command["term"] is None else int(command["term"])
         timeline = self._timelines.get(self._ttid())
         try:
-            await WalSender(timeline, self._connection, self._appname, term).run(parse_lsn(command["lsn"]))
+            async with timeline.residence():
+                await WalSender(timeline, self._connection, self._appname, term).run(parse_lsn(command["lsn"]))
         except (EndConnection, ConnectionError, asyncio.CancelledError, ProtocolViolation):
             raise
         except (NeonError, OSError) as error:

@@ -17,7 +17,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from neon_services.ground.errors import NeonError, ProtocolViolation
@@ -61,6 +61,8 @@ class WalStore:
         self._segment = -1
         self._can_dsync = True
         self._dirty = False  # the open segment has bytes that were written without being synced
+        #: Called when a new segment was begun: the disk has less room now.
+        self.on_segment: Callable[[], None] = lambda: None
         #: Bytes and seconds since the process started, for the timeline's metrics.
         self.written_bytes = 0
         self.write_seconds = 0.0
@@ -88,9 +90,15 @@ class WalStore:
 
     # -- boot
 
-    def recover(self, commit_lsn: Lsn) -> None:
-        """Find the end of the log by reading records from the saved commit_lsn on. Raises OSError."""
+    def recover(self, commit_lsn: Lsn, *, offloaded_flush_lsn: Lsn | None = None) -> None:
+        """Find the end of the log by reading records from the saved commit_lsn on. Raises OSError.
+
+        The end of a log that is in object storage only is known.
+        """
         self.segments.discard_scratch()
+        if offloaded_flush_lsn is not None:
+            self._move_to(offloaded_flush_lsn)
+            return
         if not commit_lsn:
             return
         scanner = WalScanner(commit_lsn, segment_size=self._segment_size)
@@ -225,6 +233,7 @@ class WalStore:
         self._close()
         self.segments.complete_before(segment)
         self._descriptor, self._segment = self.segments.create(segment), segment
+        self.on_segment()
 
     def _complete_segment(self) -> None:
         if self._dirty and self._sync:
@@ -297,6 +306,14 @@ class WalStore:
         except OSError as error:
             raise WalStoreError(f"removing WAL in {self.segments.path} failed: {error.strerror or error}") from error
         return len(removed)
+
+    def release(self) -> None:
+        """Let go of the file: the log ends at flush_lsn and accepts no writes before truncate()."""
+        self._pending.clear()
+        self._pending_bytes = 0
+        self._move_to(self._flush_lsn)
+        self.close()
+        self.segments.discard_scratch()
 
     def close(self) -> None:
         """Let go of the files; written bytes that were not flushed are as good as lost."""

@@ -26,6 +26,7 @@ from neon_services.protocols.safekeeper_messages import (
 )
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.connections import WalReceiverState
+from neon_services.safekeeper.disk_guard import DiskLimitReached
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import TimelineNotFound, Timelines
 
@@ -116,7 +117,9 @@ class WalReceiver:
             timeline = self._open(message)
         if timeline.cancelled:
             raise Cancelled(f"timeline {self._ttid} is being deleted or shut down")
-        self._wrote = True
+        if not self._wrote:  # the first message of a batch
+            self._check_room(timeline)
+            self._wrote = True
         for reply in timeline.run(timeline.acceptor.handle(self._state.proposer, message)):
             self._connection.send_copy_data(self._pack(reply))
         if isinstance(message, ProposerElected) and timeline.acceptor.is_streaming(self._state.proposer):
@@ -124,6 +127,12 @@ class WalReceiver:
             log.info(
                 "timeline %s: leader of term %d at %s streams from %s", self._ttid, message.term, self._connection.peer, start
             )
+
+    def _check_room(self, timeline: Timeline) -> None:
+        refusal = self._timelines.disk_refusal or timeline.wal_refusal
+        if refusal is not None:
+            metrics.WAL_STORAGE_LIMIT_ERRORS.inc()
+            raise DiskLimitReached(refusal)
 
     def _open(self, greeting: ProposerGreeting) -> Timeline:
         if greeting.ttid != self._ttid:
@@ -136,6 +145,8 @@ class WalReceiver:
                 self._ttid,
                 AcceptorState(pg_version=greeting.pg_version, system_id=greeting.system_id, wal_seg_size=greeting.wal_seg_size),
             )
+        if timeline.offloaded:  # evicted between the command and the greeting
+            raise NeonError(f"timeline {self._ttid} is in object storage: connect again to bring it back")
         self._timeline = timeline
         timeline.receivers[self._state.conn_id] = self._state
         metrics.WAL_RECEIVERS.inc()

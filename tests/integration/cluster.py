@@ -305,6 +305,8 @@ class Cluster:
         argv = [str(SCRIPTS / "safekeeper"), "-D", str(directory), "--id", str(node_id)]
         argv += ["--listen-pg", f"127.0.0.1:{pg_port}", "--listen-http", f"127.0.0.1:{http_port}"]
         argv += ["--broker-endpoint", f"http://127.0.0.1:{self.broker_port}", "--availability-zone", f"az{node_id}"]
+        remote = f"{{ local_path = '{self.base}/remote-wal' }}"
+        argv += ["--remote-storage", remote, "--partial-backup-timeout", "5s"]
         return Safekeeper(node_id, pg_port, http_port, Process(f"safekeeper{node_id}", argv, directory))
 
     def write_pageserver_config(self) -> None:

@@ -79,7 +79,7 @@ async def test_no_request_is_answered_with_a_server_error(
         ask(operations[label], mode, {"tenant_id": str(ttid.tenant_id), "timeline_id": str(ttid.timeline_id)})
     finally:
         leader.leave()
-    assert http("GET", node.url("/v1/status")) == {"id": 1}
+    assert http("GET", node.url("/v1/status")) == {"id": node.id, "wal_refused": None}
 
 
 def ask(operation: Any, mode: GenerationMode, existing: dict[str, str]) -> None:

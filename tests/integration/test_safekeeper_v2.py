@@ -139,4 +139,4 @@ async def test_a_cut_message_ends_only_its_connection(fleet: Fleet) -> None:
         await client.start_copy_both("START_WAL_PUSH")
         client.send_copy_data(bad)
         assert await dead(client) != ""
-    assert http("GET", node.url("/v1/status")) == {"id": node.id}
+    assert http("GET", node.url("/v1/status")) == {"id": node.id, "wal_refused": None}

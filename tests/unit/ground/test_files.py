@@ -171,3 +171,22 @@ async def test_keys_cannot_leave_the_directory(storage: LocalFsStorage) -> None:
 def test_wrong_configuration_is_named(text: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         open_remote_storage(parse_remote_storage_option(text))
+
+
+async def test_a_storage_that_is_not_there_is_not_empty(storage: LocalFsStorage, tmp_path: Path) -> None:
+    await storage.put("a/b/c", b"1")
+    assert await storage.list_keys("a/b/") == ["a/b/c"] and await storage.list_keys("") == ["a/b/c"]
+    assert await storage.list_keys("a/x/") == []
+    (tmp_path / "bucket").rename(tmp_path / "away")
+    for replaced in (False, True):
+        if replaced:
+            (tmp_path / "bucket").write_text("no directory")
+        with pytest.raises(RemoteStorageError):
+            await storage.list_keys("a/b/")
+        with pytest.raises(RemoteStorageError):
+            await storage.list_directories("a/")
+        with pytest.raises(RemoteStorageError):
+            await storage.get("a/b/c")
+    (tmp_path / "bucket").unlink()
+    (tmp_path / "away").rename(tmp_path / "bucket")
+    assert await storage.get("a/b/c") == b"1"

