@@ -4,27 +4,14 @@ Invariant: acceptor, log and control file change only inside ``run``, which carr
 synchronously, on the event loop: so no lock is needed, and whoever is told of a change sees all of it.
 """
 
-import time
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neon_services.consensus.acceptor import (
-    Acceptor,
-    AcceptorState,
-    Effect,
-    FlushWal,
-    InitializeWal,
-    PeerInfo,
-    PersistState,
-    TruncateWal,
-    WriteWal,
-    run,
-)
+from neon_services.consensus.acceptor import Acceptor, Effect, PeerInfo, run
 from neon_services.ground.errors import Cancelled, NeonError
 from neon_services.ground.ids import TenantTimelineId
-from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn
+from neon_services.ground.lsn import INVALID_LSN, Lsn
 from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.connections import (
@@ -35,21 +22,18 @@ from neon_services.safekeeper.connections import (
     standby_horizon,
 )
 from neon_services.safekeeper.control_file import ControlFile
+from neon_services.safekeeper.timeline_storage import TimelineStorage
 from neon_services.safekeeper.wal_reader import WalReader
-from neon_services.safekeeper.wal_store import WalStore, WalStoreError
 
 Result = TypeVar("Result")
 
 
-class Timeline:
+class Timeline(TimelineStorage):
     """See the module's text. Make it with ``Timeline.open``."""
 
     def __init__(self, node_id: int, directory: Path, control: ControlFile, *, sync: bool) -> None:
+        super().__init__(directory, control, sync=sync)
         self.ttid: TenantTimelineId = control.ttid
-        self.directory = directory
-        self.control = control
-        self._sync = sync
-        self.store = WalStore(directory, self.segment_size, sync=sync)
         self.acceptor = Acceptor(node_id, control.ttid, control.acceptor, self.store)
         self.receivers: dict[int, WalReceiverState] = {}
         self.senders: dict[int, WalSenderState] = {}
@@ -59,7 +43,6 @@ class Timeline:
         #: Tell the broker once more although the timeline is not active: a peer does not know what we know.
         self.push_once = False
         self.removed_segment = 0  # the highest segment removed in this process's life
-        self.control_saved_at = time.monotonic()
         self.ps_feedback_count = 0
         self.ps_corruption_detected = False
         self.last_ps_feedback: PageserverFeedback | None = None
@@ -76,31 +59,6 @@ class Timeline:
         return timeline
 
     # -- carrying out the acceptor's effects
-
-    def perform(self, effect: Effect) -> Any:
-        """Carry out one effect. Raises WalStoreError or ProtocolViolation."""
-        if isinstance(effect, FlushWal):
-            return self.store.flush()
-        if isinstance(effect, WriteWal):
-            return self.store.write(effect.begin_lsn, effect.data)
-        state = self.acceptor.state
-        if isinstance(effect, PersistState):
-            return self._persist(effect.state)
-        if isinstance(effect, TruncateWal):
-            return self.store.truncate(effect.lsn, pg_version=state.pg_version, system_id=state.system_id)
-        assert isinstance(effect, InitializeWal)
-        return self.store.initialize(effect.lsn, pg_version=state.pg_version, system_id=state.system_id)
-
-    def _persist(self, state: AcceptorState) -> None:
-        control = replace(self.control, acceptor=state)
-        started = time.perf_counter()
-        try:
-            control.save(self.directory, sync=self._sync)
-        except OSError as error:
-            raise WalStoreError(f"saving {self.directory}/safekeeper.control failed: {error.strerror or error}") from error
-        metrics.PERSIST_CONTROL_FILE_SECONDS.observe(time.perf_counter() - started)
-        self.control = control
-        self.control_saved_at = time.monotonic()
 
     def run(self, steps: Generator[Effect, Any, Result]) -> Result:
         """Run one method of the acceptor and tell everybody who waits. Raises what the method or an effect raises."""
@@ -121,11 +79,6 @@ class Timeline:
             self.on_change(self)
 
     # -- what others ask
-
-    @property
-    def segment_size(self) -> int:
-        """Bytes of a WAL segment."""
-        return self.control.acceptor.wal_seg_size or WAL_SEGMENT_SIZE
 
     @property
     def computes(self) -> int:

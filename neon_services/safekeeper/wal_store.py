@@ -20,10 +20,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from neon_services.ground.disk import REAL_DISK, Disk, write_all
 from neon_services.ground.errors import NeonError, ProtocolViolation
 from neon_services.ground.lsn import INVALID_LSN, XLOG_BLCKSZ, Lsn, format_lsn, page_header_size
 from neon_services.safekeeper import metrics
-from neon_services.safekeeper.segments import SegmentDirectory, write_all
+from neon_services.safekeeper.segments import SegmentDirectory
 from neon_services.wal.framing import PAGE_MAGICS, build_page_header
 from neon_services.wal.records import WalDecodeError
 from neon_services.wal.scanner import WalScanner
@@ -46,8 +47,10 @@ class WalStore:
         segment_size: int,
         *,
         sync: bool = True,
+        disk: Disk = REAL_DISK,
     ) -> None:
-        self.segments = SegmentDirectory(directory, segment_size, sync=sync)
+        self.segments = SegmentDirectory(directory, segment_size, sync=sync, disk=disk)
+        self._disk = disk
         self._segment_size = segment_size
         self._sync = sync
         self._write_lsn = INVALID_LSN
@@ -103,11 +106,14 @@ class WalStore:
 
     def _stored_bytes(self, lsn: int) -> Iterator[bytes]:
         while (path := self.segments.find(lsn // self._segment_size)) is not None:
-            with path.open("rb") as file:
-                file.seek(lsn % self._segment_size)
-                while chunk := file.read(RECOVERY_CHUNK_BYTES):
+            descriptor = self._disk.open(path, os.O_RDONLY)
+            try:
+                begin, offset = lsn, lsn % self._segment_size
+                while chunk := self._disk.pread(descriptor, RECOVERY_CHUNK_BYTES, lsn - begin + offset):
                     lsn += len(chunk)
                     yield chunk
+            finally:
+                self._disk.close(descriptor)
             if lsn % self._segment_size:
                 return
 
@@ -134,7 +140,7 @@ class WalStore:
         if descriptor is None:
             descriptor = self.segments.create(segment)
             for start, header in _page_headers(lsn, self._segment_size, pg_version, system_id):
-                write_all(descriptor, [header], start % self._segment_size, 0)
+                write_all(self._disk, descriptor, [header], start % self._segment_size, 0)
         self._descriptor, self._segment, self._dirty = descriptor, segment, True
 
     # -- appending
@@ -189,7 +195,7 @@ class WalStore:
                 # RWF_DSYNC covers only these bytes, so earlier unsynced ones need a sync of the whole file
                 dsync = sync and not self._dirty and self._write_durably(part, offset)
                 if not dsync:
-                    write_all(self._descriptor, part, offset, 0)
+                    write_all(self._disk, self._descriptor, part, offset, 0)
                     self._dirty = True
                 lsn += length
                 count -= length
@@ -205,7 +211,7 @@ class WalStore:
         if self._can_dsync:
             assert self._descriptor is not None
             try:
-                write_all(self._descriptor, views, offset, os.RWF_DSYNC)
+                write_all(self._disk, self._descriptor, views, offset, os.RWF_DSYNC)
                 return True
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
@@ -234,12 +240,12 @@ class WalStore:
 
     def _fdatasync(self) -> None:
         assert self._descriptor is not None
-        os.fdatasync(self._descriptor)
+        self._disk.fdatasync(self._descriptor)
         self._dirty = False
 
     def _close(self) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            self._disk.close(self._descriptor)
         self._descriptor, self._segment, self._dirty = None, -1, False
 
     @contextlib.contextmanager
