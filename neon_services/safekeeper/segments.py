@@ -121,13 +121,16 @@ class SegmentDirectory:
             self.sync_directory()
         return self.disk.open(partial, os.O_RDWR)
 
-    def clear_from(self, descriptor: int, offset: int) -> None:
-        """Make everything behind the offset zero and the file full, durably. Writes only where there is something."""
+    def clear_from(self, descriptor: int, offset: int, *, anew: bool = False) -> None:
+        """Make everything behind the offset zero and the file full, durably.
+
+        Writes only where the page cache shows something, or, when that is not to be trusted, everywhere (``anew``).
+        """
         position = offset
         size = self.disk.size(descriptor)
         while position < size:
             chunk = self.disk.pread(descriptor, min(len(_ZEROS), size - position), position)
-            if chunk != _ZEROS[: len(chunk)]:
+            if anew or chunk != _ZEROS[: len(chunk)]:
                 write_all(self.disk, descriptor, [_ZEROS[: len(chunk)]], position, 0)
             position += len(chunk)
         if size > self.segment_size:
@@ -135,6 +138,24 @@ class SegmentDirectory:
         self._fill_with_zeros(descriptor, max(size, offset))
         if self.sync:
             self.disk.fsync(descriptor)
+
+    def write_anew(self, begin: int, end: int) -> None:
+        """Write the bytes from one position to another once more and sync them: that they can be read proves nothing."""
+        while begin < end and (path := self.find(begin // self.segment_size)) is not None:
+            descriptor = self.disk.open(path, os.O_RDWR)
+            try:
+                upto = min(end, begin - begin % self.segment_size + self.segment_size)
+                while begin < upto:
+                    offset = begin % self.segment_size
+                    chunk = self.disk.pread(descriptor, min(len(_ZEROS), upto - begin), offset)
+                    if not chunk:
+                        return
+                    write_all(self.disk, descriptor, [chunk], offset, 0)
+                    begin += len(chunk)
+                if self.sync:
+                    self.disk.fsync(descriptor)
+            finally:
+                self.disk.close(descriptor)
 
     # -- completing and removing
 

@@ -7,6 +7,8 @@ Invariants:
 2. Bytes are appended strictly in order. After boot, and after any failure, nothing is appended before truncate() has put
    zeros behind the end of the log: stale bytes there could later look like its continuation.
 3. A failed write or sync leaves all positions at flush_lsn; the bytes behind it count as garbage.
+4. After a failed sync, which the kernel forgets, what the page cache shows proves nothing, also to the next process: the log
+   that recover() finds, and the zeros of the first truncate() after boot or a failure, are written anew and synced.
 
 Hot path: ``write`` only remembers views of the receive buffer, and ``flush`` hands all of them to one
 ``pwritev(RWF_DSYNC)``. Whoever calls write() must call flush() or write_out() before the views become invalid.
@@ -60,6 +62,7 @@ class WalStore:
         self._pending: list[memoryview | bytes] = []
         self._pending_bytes = 0
         self._must_truncate = True
+        self._distrusts_cache = True
         self._descriptor: int | None = None
         self._segment = -1
         self._can_dsync = True
@@ -92,7 +95,7 @@ class WalStore:
     # -- boot
 
     def recover(self, commit_lsn: Lsn) -> None:
-        """Find the end of the log by reading records from the saved commit_lsn on. Raises OSError."""
+        """Find the end of the log by reading records from the saved commit_lsn on, and make sure of them. Raises OSError."""
         self.segments.discard_scratch()
         if not commit_lsn:
             return
@@ -102,7 +105,9 @@ class WalStore:
                 scanner.feed(chunk)
         except WalDecodeError as error:
             log.debug("%s: the log ends: %s", self.segments.path, error)
-        self._move_to(max(commit_lsn, scanner.record_end_lsn))
+        end_lsn = max(commit_lsn, scanner.record_end_lsn)
+        self.segments.write_anew(commit_lsn, end_lsn)
+        self._move_to(end_lsn)
 
     def _stored_bytes(self, lsn: int) -> Iterator[bytes]:
         while (path := self.segments.find(lsn // self._segment_size)) is not None:
@@ -254,7 +259,7 @@ class WalStore:
         try:
             yield
         except OSError as error:
-            self._must_truncate = True
+            self._must_truncate = self._distrusts_cache = True
             self._pending.clear()
             self._pending_bytes = 0
             self._move_to(self._flush_lsn)
@@ -287,12 +292,12 @@ class WalStore:
             if self._descriptor is None and self.segments.find(segment) is not None:
                 self._descriptor, self._segment = self.segments.open_partial(segment), segment
             if self._descriptor is not None:
-                self.segments.clear_from(self._descriptor, offset)
+                self.segments.clear_from(self._descriptor, offset, anew=self._distrusts_cache)
                 self._dirty = False
             self.segments.complete_before(segment)
             self.segments.sync_directory()
         self._scanner = WalScanner(lsn, segment_size=self._segment_size)
-        self._must_truncate = False
+        self._must_truncate = self._distrusts_cache = False
 
     # -- housekeeping
 

@@ -104,7 +104,7 @@ class SimulatedController:
             fit = set()
             for node in self.nodes(new):
                 yield self.world.delay_us()
-                self._pull(node, joint)
+                yield from self._pull(node, joint)
                 if node.present and node.switch(joint) and self._is_fit(node, wanted, term):
                     fit.add(node.node_id)
 
@@ -112,14 +112,14 @@ class SimulatedController:
         """Its term is raised to what the old set promised, and it has the old set's log."""
         return node.bump(term) and node.position() >= wanted
 
-    def _pull(self, node: "SimulatedSafekeeper", joint: MembershipConfiguration) -> None:
+    def _pull(self, node: "SimulatedSafekeeper", joint: MembershipConfiguration) -> Iterator[int]:
         """pull_timeline from the best of the old members."""
         if node.present or not node.up:
             return
         known = [source for source in self.nodes(joint.members) if source.up and source.present]
         if len(known) >= max(len(joint.members) - 1, 1):
             donor = max(known, key=lambda source: (source.position(), source.acceptor.term, source.acceptor.commit_lsn))
-            node.install(donor, joint)
+            yield from node.pull(donor, joint)
 
     def _spread(self, final: MembershipConfiguration, old: tuple[SafekeeperId, ...]) -> Iterator[int]:
         """Tell the new members, and let those that left forget."""
@@ -135,6 +135,6 @@ class SimulatedController:
                 not final.contains(node.node_id)
                 and node.up
                 and node.present
-                and node.disk.state.mconf.generation <= final.generation
+                and node.storage.state.mconf.generation <= final.generation
             ):
                 node.exclude()
