@@ -50,7 +50,7 @@ bench: venv ext ## Print the performance table as ratios (takes minutes; needs a
 	python -m tests.benchmarks
 
 simulate: venv ## Run SEEDS schedules of the consensus simulation (SEEDS=20000)
-	python -m neon_services.simulation --schedules $(or $(SEEDS),20000)
+	python -m neon_services.simulation --schedules $(or $(SEEDS),20000) --first $(or $(FIRST),0)
 
 -include lab.mk
 .PHONY: help venv packages ext lint test bench simulate

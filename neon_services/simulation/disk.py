@@ -11,13 +11,14 @@ Model, harsher than any one file system:
 * A sync may fail with EIO. Then the kernel forgets that the sectors were dirty: each is durable by chance, a later sync
   succeeds without writing them, and the cache still shows them.
 * A full disk refuses to make files longer, after a part or at once; what is there can be overwritten. Writes may be short.
-* The power may go before any operation that changes something, and in the middle of a write or a sync.
+* The power may go, or the process be killed, before any operation that changes something, and in the middle of a write.
 
 ``Platters`` outlive processes. ``SimulatedDisk`` is what one process sees: after a loss of power it is of no more use, whatever
 ``finally`` clauses of the code under test still try.
 """
 
 import errno
+import functools
 import os
 import random
 from collections.abc import Callable
@@ -30,11 +31,22 @@ from neon_services.ground.disk import Disk, Views
 
 SECTOR = 512
 _ZERO_SECTOR = bytes(SECTOR)
-_ZEROS = bytes(1 << 20)
+
+
+@functools.lru_cache(maxsize=32)
+def _zeros(count: int) -> bytes:
+    return bytes(count)
 
 
 class PowerLost(BaseException):
-    """The power went in the middle of something. No handler of ordinary errors sees it."""
+    """The process ended in the middle of something: the power went, or with ``power`` false it was killed.
+
+    After a kill, what the kernel was given is still there. No handler of ordinary errors sees this exception.
+    """
+
+    def __init__(self, *, power: bool = True) -> None:
+        super().__init__()
+        self.power = power
 
 
 @dataclass(slots=True)
@@ -64,12 +76,13 @@ class DiskWeather:
 class SimulatedFile:
     """An inode. Sectors that are absent are zeros."""
 
-    __slots__ = ("cache", "dirty", "durable", "durable_size", "size")
+    __slots__ = ("cache", "dirty", "durable", "durable_size", "forgotten", "size")
 
     def __init__(self) -> None:
         self.cache: dict[int, bytes] = {}
         self.durable: dict[int, bytes] = {}
         self.dirty: set[int] = set()
+        self.forgotten: set[int] = set()  # clean for the kernel, and yet not on the disk
         self.size = self.durable_size = 0
 
     def read(self, offset: int, count: int) -> bytes:
@@ -79,17 +92,21 @@ class SimulatedFile:
 
     def read_durable(self, offset: int, count: int) -> bytes:
         """What is surely there after a loss of power, up to the first byte that may be another then."""
-        durable = _read(self.durable, offset, count) if count > 0 else b""
-        cached = _read(self.cache, offset, count) if count > 0 else b""
-        if durable != cached:
-            durable = durable[: next(i for i, (one, other) in enumerate(zip(durable, cached, strict=True)) if one != other)]
+        if count <= 0:
+            return b""
+        durable = _read(self.durable, offset, count)
+        sectors = range(offset // SECTOR, (offset + count - 1) // SECTOR + 1)
+        if not self.dirty.isdisjoint(sectors) or not self.forgotten.isdisjoint(sectors):
+            cached = _read(self.cache, offset, count)
+            if durable != cached:
+                durable = durable[: next(i for i in range(count) if durable[i] != cached[i])]
         return durable[: max(0, min(self.durable_size, self.size) - offset)]
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Into the cache."""
         end = offset + len(data)
         first, last = offset // SECTOR, (end - 1) // SECTOR
-        if len(data) > 4096 and data == _ZEROS[: len(data)]:
+        if len(data) > 4096 and not data[0] and not data[-1] and data == _zeros(len(data)):
             self._clear(first, last, offset, end)
         else:
             cache, position = self.cache, 0
@@ -126,6 +143,7 @@ class SimulatedFile:
         chosen = self.dirty if first is None or last is None else {s for s in self.dirty if first <= s <= last}
         for sector in chosen:
             self.durable[sector] = self.cache.get(sector, _ZERO_SECTOR)
+        self.forgotten -= chosen
         self.dirty = set() if chosen is self.dirty else self.dirty - chosen
         self.durable_size = self.size
 
@@ -134,6 +152,9 @@ class SimulatedFile:
         for sector in sorted(self.dirty):
             if rng.random() < 0.5:
                 self.durable[sector] = self.cache.get(sector, _ZERO_SECTOR)
+                self.forgotten.discard(sector)
+            else:
+                self.forgotten.add(sector)
         self.dirty.clear()
         if rng.random() < 0.5:
             self.durable_size = self.size
@@ -148,6 +169,7 @@ class SimulatedFile:
                 kept += 1
         torn = 0 < kept < len(self.dirty)
         self.dirty.clear()
+        self.forgotten.clear()
         if self.durable_size != self.size and rng.random() < 0.5:
             self.durable_size = self.size
         self.size = self.durable_size
@@ -162,7 +184,7 @@ def _read(sectors: dict[int, bytes], offset: int, count: int) -> bytes:
     if last - first > len(sectors):
         found = sorted(s for s in sectors if first <= s <= last)
         if not found:
-            return _ZEROS if count == len(_ZEROS) else bytes(count)
+            return _zeros(count)
         buffer = bytearray(count)
         for sector in found:
             start = sector * SECTOR
@@ -296,12 +318,13 @@ class SimulatedDisk(Disk):
             raise PowerLost
         weather.operations += 1
         if weather.power_loss and weather.rng.random() < weather.power_loss * weather.weight.get(operation, 1.0):
-            self._lose_power()
+            self._go_down()
 
-    def _lose_power(self) -> None:
+    def _go_down(self) -> None:
         self.dead = True
-        self.weather.power_losses += 1
-        raise PowerLost
+        power = self.weather.rng.random() < 0.75
+        self.weather.power_losses += power
+        raise PowerLost(power=power)
 
     def _directory(self, path: Path) -> SimulatedDirectory:
         found = self._directories.get(path)
@@ -356,7 +379,7 @@ class SimulatedDisk(Disk):
             part = weather.rng.randint(0, len(data))
             if part:
                 file.write(data[:part], offset)
-            self._lose_power()
+            self._go_down()
         if offset + len(data) > file.size and weather.full:
             room = file.size - offset
             if room <= 0 or roll < 0.5:

@@ -10,7 +10,7 @@ EFFECTS: tuple[type[Any], ...] = (FlushWal, WriteWal, TruncateWal, InitializeWal
 #: Crashes are much likelier around the rare steps that a promise hangs on.
 CRASH_WEIGHT: dict[type[Any], float] = {WriteWal: 0.2, FlushWal: 1.0}
 #: Share of the schedules that run the production storage code on simulated disks.
-REAL_SHARE = 0.45
+REAL_SHARE = 0.4
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class Profile:
             real=real,
             legacy=not reconfigure and rng.random() < 0.2,
             members=3 if reconfigure else nodes,
-            duration_us=rng.randint(800_000, 3_000_000),
+            duration_us=rng.randint(700_000, 2_200_000),
             delay_us=rng.choice(((100, 2000), (500, 10_000), (1000, 60_000))),
             gap_us=rng.choice((15_000, 40_000, 100_000)),
             write_gap_us=rng.choice((5_000, 20_000, 80_000)),
@@ -88,7 +88,7 @@ class Profile:
             stalled_elected=rng.choice((0.0, 0.05, 0.3)),
             disk_failure=rng.choice((0.0, 0.0, 0.02, 0.1)),
             crash_at_effect={effect: crash * CRASH_WEIGHT.get(effect, 4.0) for effect in EFFECTS},
-            power_loss=rng.choice((0.0, 0.001, 0.004)),
+            power_loss=rng.choice((0.0, 0.002, 0.008)),
             sync_failure=rng.choice((0.0, 0.0, 0.01, 0.05)),
             short_write=rng.choice((0.0, 0.1)),
             weights={
@@ -103,8 +103,8 @@ class Profile:
                 "fill": rng.choice((0, 0, 1, 3)) if real else 0,
                 "clock": 0.3,
                 "gossip": 2,
-                "manage": 2,
-                "offload": 2 if real else 0,
+                "manage": 3,
+                "offload": 4 if real else 0,
                 "control": rng.choice((1, 4)) if reconfigure else 0,
             },
         )
@@ -116,7 +116,7 @@ class Profile:
             real=real,
             legacy=False,
             members=3,
-            duration_us=1_500_000,
+            duration_us=1_300_000,
             delay_us=(100, 2000),
             gap_us=rng.choice((15_000, 30_000)),
             write_gap_us=rng.choice((3_000, 10_000)),

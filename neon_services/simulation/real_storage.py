@@ -3,6 +3,7 @@
 What a loss of power may leave is judged from outside, on the disk's durable content, without asking the code under test.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ POWER_LOSS_WEIGHT = {
     "pwritev": 2.0,
     "sync": 3.0,
 }
+
+_segment_name = functools.cache(segment_file_name)
 
 
 class RealStorage:
@@ -129,20 +132,25 @@ class RealStorage:
     def sure_bytes(self, begin: Lsn, end: Lsn) -> bytes:
         """Of these bytes those that no loss of power takes away, up to the first gap."""
         before = self._bytes(begin, end, durable=True, read=SimulatedFile.read_durable)
+        directory = self.platters.root.durable.get(TIMELINE.name)
+        if isinstance(directory, SimulatedDirectory) and not directory.pending and not self.platters.root.pending:
+            return before
         return min(before, self._bytes(begin, end, durable=False, read=SimulatedFile.read_durable), key=len)
 
     def _bytes(self, begin: int, end: int, *, durable: bool, read: Callable[[SimulatedFile, int, int], bytes]) -> bytes:
         parts: list[bytes] = []
         size = self._running.segment_size if self.process else 1 << 20
+        root = self.platters.root
+        directory = (root.durable if durable else root.entries).get(TIMELINE.name)
+        if not isinstance(directory, SimulatedDirectory):
+            return b""
+        entries = directory.durable if durable else directory.entries
         while begin < end:
-            count = min(end - begin, size - begin % size)
-            name = segment_file_name(begin // size, size)
-            for candidate in (name + PARTIAL_SUFFIX, name):
-                file = self.platters.find(TIMELINE / candidate, durable=durable)
-                if file is not None:
-                    break
+            name = _segment_name(begin // size, size)
+            file = entries.get(name + PARTIAL_SUFFIX) or entries.get(name)
             if not isinstance(file, SimulatedFile):
                 break
+            count = min(end - begin, size - begin % size)
             part = read(file, begin % size, count)
             parts.append(part)
             begin += len(part)
@@ -199,16 +207,19 @@ class RealStorage:
                 write_all(disk, descriptors[segment], [part], offset, 0)
                 lsn, chunk = Lsn(lsn + len(part)), chunk[len(part) :]
             yield
-        for descriptor in descriptors.values():
-            disk.fsync(descriptor)
-            disk.close(descriptor)
-            yield
+        yield from self._sync_copies(list(descriptors.values()))
         ControlFile(self.ttid, state, creation_ts_ns=0).save(STAGED, disk=disk)
         yield
         disk.rename(STAGED, TIMELINE)
         disk.sync_directory(Path())
         self.first_lsn = begin
         self.process = self.storage_kind.load(TIMELINE, disk=disk)
+
+    def _sync_copies(self, descriptors: list[int]) -> Iterator[None]:
+        for descriptor in descriptors:
+            self.disk.fsync(descriptor)
+            self.disk.close(descriptor)
+            yield
 
     def remove(self) -> None:
         """Delete the timeline: out of sight first. Raises OSError."""

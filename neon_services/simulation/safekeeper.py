@@ -99,8 +99,8 @@ class SimulatedSafekeeper:
             return
         try:
             self.storage.boot()
-        except PowerLost:
-            self._fell("loses power while it boots", power=True)
+        except PowerLost as lost:
+            self._fell("goes down while it boots", power=lost.power)
             return
         except OSError as error:
             self._fell(f"cannot read its disk: {error}", power=False)
@@ -126,12 +126,12 @@ class SimulatedSafekeeper:
     def crash(self, *, power: bool = True) -> None:
         """Lose the memory, and with ``power`` also some of what is not synced."""
         if self.up:
-            self._fell("loses power" if power else "is killed", power=power)
+            self._fell("stops" if power else "is killed", power=power)
 
     def _fell(self, why: str, *, power: bool) -> None:
         world = self.world
         self.up = False
-        world.trace("%s %s", self, why)
+        world.trace("%s %s%s", self, why, "; its power is gone" if power else "")
         self.storage.crash(power=power)
         world.stats.crashes += 1
         world.stats.kills += not power
@@ -154,8 +154,8 @@ class SimulatedSafekeeper:
         if not disk.dead:
             try:
                 work()
-            except PowerLost:
-                self._fell("loses power while it works ahead", power=True)
+            except PowerLost as lost:
+                self._fell("goes down while it works ahead", power=lost.power)
 
     # -- connections
 
@@ -242,8 +242,8 @@ class SimulatedSafekeeper:
             return
         try:
             removed = storage.remove_below(segment, size)
-        except PowerLost:
-            self._fell("loses power while it removes WAL", power=True)
+        except PowerLost as lost:
+            self._fell("goes down while it removes WAL", power=lost.power)
             return
         except WalStoreError:
             return
@@ -290,8 +290,8 @@ class SimulatedSafekeeper:
                     world.trace("%s gives up the copy of %s", self, donor)
                     world.stats.pulls_given_up += 1
                     return
-        except PowerLost:
-            self._fell("loses power while it copies", power=True)
+        except PowerLost as lost:
+            self._fell("goes down while it copies", power=lost.power)
             return
         except (NeonError, OSError) as error:
             world.trace("%s fails to copy: %s", self, error)
@@ -321,8 +321,8 @@ class SimulatedSafekeeper:
         self.hang_up()
         try:
             self.storage.remove()
-        except PowerLost:
-            self._fell("loses power while it deletes", power=True)
+        except PowerLost as lost:
+            self._fell("goes down while it deletes", power=lost.power)
         except OSError as error:
             self.world.trace("%s fails to delete: %s", self, error)
 
@@ -356,8 +356,8 @@ class SimulatedSafekeeper:
             self.world.checker.effect(self, effect)
             try:
                 outcome = self.storage.perform(effect)
-            except PowerLost:
-                self._fell(f"loses power in {type(effect).__name__}", power=True)
+            except PowerLost as lost:
+                self._fell(f"goes down in {type(effect).__name__}", power=lost.power)
                 raise Crashed from None
             self.world.checker.carried_out(self, effect)
             self._maybe_crash(effect)

@@ -36,6 +36,7 @@ class Kinds:
     proposer: type[Proposer] = Proposer
     acceptor: type[Acceptor] = Acceptor
     controller: type[SimulatedController] = SimulatedController
+    node: type[SimulatedSafekeeper] = SimulatedSafekeeper
     storage: type[RealStorage] = RealStorage
     removal_horizon: Callable[..., Lsn] = removal_horizon
 
@@ -97,7 +98,7 @@ class World:
         self._connections: list[Connection] = []
         self._infos: list[PeerInfo] = []
         self.proposers: list[SimulatedProposer] = []
-        self.nodes = [SimulatedSafekeeper(self, i + 1, state) for i, state in enumerate(self._initial_states())]
+        self.nodes = [self.kinds.node(self, i + 1, state) for i, state in enumerate(self._initial_states())]
 
     def _initial_states(self) -> list[AcceptorState | None]:
         profile = self.profile

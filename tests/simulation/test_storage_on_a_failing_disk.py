@@ -40,6 +40,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     def lose_everything(self: SimulatedFile, _: random.Random) -> None:
+        self.forgotten |= self.dirty
         self.dirty.clear()
 
     monkeypatch.setattr(SimulatedFile, "fail_sync", lose_everything)
