@@ -119,6 +119,10 @@ class Checker:
         text = "%s promised term %d and comes back with term %d"
         term = node.acceptor.term
         self.require(term >= node.promised_term, "a promise survives", text, node, node.promised_term, term)
+        text = "%s has joined generation %d and comes back with generation %d"
+        generation = node.acceptor.state.mconf.generation
+        holds = generation >= node.promised_generation
+        self.require(holds, "a promise survives", text, node, node.promised_generation, generation)
         self.acceptor(node)
         self._log_matches(node)
 
@@ -174,20 +178,29 @@ class Checker:
         text = "%s votes with a history beyond flush_lsn %d"
         self.require(ends_right, "history is flushed", text, node, vote.flush_lsn)
         if vote.vote_given:
-            try:
-                lowest = min((state.term for state in node.storage.sure_states()), default=-1)
-            except CorruptionError as error:
-                self.fail("a promise survives", "%s votes while its state is not durable: %s", node, error)
-                raise
-            text = "%s spoke a vote for term %d before it was durable: a loss of power may leave term %d"
-            self.require(lowest >= vote.term, "a promise survives", text, node, vote.term, lowest)
-            node.promised_term = max(node.promised_term, vote.term)
+            self.promised(node, term=vote.term, generation=vote.generation)
         first = max(self.start_lsn, node.storage.first_lsn)
         if vote.flush_lsn > first:
             self._surely_holds(node, first, vote.flush_lsn)
             self._log_matches(node, whole=True)
         rest = self._read(node, first, vote.flush_lsn) if vote.flush_lsn else b""
         self.votes[vote.term, node.node_id] = bytes(self.log[: first - self.start_lsn]) + rest
+
+    def promised(self, node: "SimulatedSafekeeper", *, term: int = 0, generation: int = 0) -> None:
+        """A node has said that it will not go below this term and generation."""
+        try:
+            states = node.storage.sure_states()
+        except CorruptionError as error:
+            self.fail("a promise survives", "%s promises while its state is not durable: %s", node, error)
+            raise
+        lowest = min((state.term for state in states), default=-1)
+        text = "%s promised term %d before it was durable: a loss of power may leave term %d"
+        self.require(lowest >= term, "a promise survives", text, node, term, lowest)
+        lowest = min((state.mconf.generation for state in states), default=-1)
+        text = "%s joined generation %d before it was durable: a loss of power may leave generation %d"
+        self.require(lowest >= generation, "a promise survives", text, node, generation, lowest)
+        node.promised_term = max(node.promised_term, term)
+        node.promised_generation = max(node.promised_generation, generation)
 
     def removed(self, node: "SimulatedSafekeeper", below: Lsn) -> None:
         """A safekeeper removed WAL."""

@@ -20,6 +20,7 @@ from neon_services.consensus.acceptor import (
     TruncateWal,
     WriteWal,
 )
+from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import INVALID_LSN, Lsn
 from neon_services.safekeeper.wal_store import WalStoreError
 
@@ -136,7 +137,9 @@ class ModelStorage:
         return None
 
     def read(self, begin: Lsn, end: Lsn) -> bytes:
-        """Bytes of the log, which must be there."""
+        """Bytes of the log. Raises NeonError when they are not there."""
+        if not self.wal.base <= begin <= end <= self.wal.write_lsn:
+            raise NeonError(f"WAL [{begin}, {end}) is not there: it ends at {self.wal.write_lsn}")
         return self.wal.read(begin, end)
 
     def stale_bytes_behind(self, lsn: Lsn) -> int | None:

@@ -59,12 +59,20 @@ class Profile:
         if rng.random() < 0.3:
             return cls._contested(rng, real=real)
         nodes = rng.choice((3, 3, 3, 5, 5))
-        return cls._stormy(rng, nodes, reconfigure=nodes == 5 and rng.random() < 0.6, real=real)
+        if nodes == 5 and rng.random() < 0.3:
+            return cls._moving(rng, real=real)
+        return cls._stormy(rng, nodes, reconfigure=nodes == 5 and rng.random() < 0.5, real=real)
 
     @classmethod
     def moving(cls, rng: random.Random) -> "Profile":
-        """The membership changes."""
-        return cls._stormy(rng, 5, reconfigure=True, real=rng.random() < REAL_SHARE)
+        """The membership changes, again and again, while computes come and go."""
+        return cls._moving(rng, real=rng.random() < REAL_SHARE)
+
+    @classmethod
+    def _moving(cls, rng: random.Random, *, real: bool) -> "Profile":
+        profile = cls._stormy(rng, 5, reconfigure=True, real=real)
+        profile.weights |= {"control": 4, "propose": 3, "isolate": rng.choice((1, 4)), "crash": 0.5, "stop": 0.5}
+        return profile
 
     @classmethod
     def contested(cls, rng: random.Random) -> "Profile":

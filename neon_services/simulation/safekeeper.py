@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from neon_services.simulation.world import World
 
 SAVE_INTERVAL_S = 0.3
-COPY_CHUNK_BYTES = 700  # of a pull; small, so that much can happen between two
+COPY_CHUNK_BYTES = 300  # of a pull; small, so that much can happen between two
 
 
 class Crashed(Exception):
@@ -57,7 +57,7 @@ class SimulatedSafekeeper:
         self.sessions: dict[Connection, ProposerConnection] = {}
         self.flush_due: set[Connection] = set()
         #: What was spoken and must stay true.
-        self.promised_term = 0
+        self.promised_term = self.promised_generation = 0
         self.acknowledged_term, self.acknowledged_lsn = -1, INVALID_LSN
         #: Seconds by which this node's clock is off, and when it saved its state by that clock.
         self.clock_offset_s = 0.0
@@ -260,11 +260,17 @@ class SimulatedSafekeeper:
         """The control plane brings a configuration. True when it is in force here."""
         if not self.up or not self.present:
             return False
-        return self._attempt(self.acceptor.membership_switch(mconf)) is not None
+        if self._attempt(self.acceptor.membership_switch(mconf)) is None:
+            return False
+        self.world.checker.promised(self, generation=mconf.generation)
+        return True
 
     def bump(self, term: int) -> bool:
         """term_bump; False when the node went down over it."""
-        return self._attempt(self.acceptor.term_bump(term)) is not None
+        if self._attempt(self.acceptor.term_bump(term)) is None:
+            return False
+        self.world.checker.promised(self, term=term)
+        return True
 
     def pull(self, donor: "SimulatedSafekeeper", mconf: MembershipConfiguration) -> Iterator[int]:
         """pull_timeline: become a copy of the donor. Yields delays, between which anything may happen, also to the donor.
@@ -300,7 +306,7 @@ class SimulatedSafekeeper:
             donor.snapshots = max(0, donor.snapshots - 1)
         world.trace("%s is a copy of %s at %d", self, donor, end)
         world.stats.pulls += 1
-        self.promised_term = 0
+        self.promised_term = self.promised_generation = 0
         self.acknowledged_term, self.acknowledged_lsn = -1, INVALID_LSN
         self._open()
 

@@ -390,7 +390,9 @@ class World:
         # a member of a final set that was away when the others were told is made equal by pulling the timeline
         for node in self.addresses():
             if not node.present:
-                donor = max((n for n in self.addresses() if n.present), key=lambda n: n.position())
+                holders = [n for n in self.addresses() if n.present]
+                self.checker.require(bool(holders), "committed bytes are kept", "no member holds the timeline any more")
+                donor = max(holders, key=lambda n: n.position())
                 for _ in node.pull(donor, controller.row):
                     pass
 
