@@ -36,8 +36,6 @@ def main() -> int:
 
 def _replay(seed: int, *, quiet: bool) -> int:
     world = World(seed, log=None if quiet else print)
-    if not quiet:
-        print(world.profile)
     try:
         print(world.run())
     except InvariantViolation as violation:

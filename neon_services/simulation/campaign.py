@@ -1,5 +1,6 @@
 """Many schedules: run, counted, and judged on whether enough happened for their silence to mean something."""
 
+import logging
 import os
 import time
 from collections import Counter
@@ -105,7 +106,12 @@ def run_schedules(seeds: Iterable[int]) -> Outcome:
 
 def worker_pool(processes: int) -> ProcessPoolExecutor:
     """Worker processes that share nothing with this one."""
-    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet)
+
+
+def _quiet() -> None:
+    """What the storage logs of failing disks is of no interest a thousand times."""
+    logging.getLogger("neon_services").setLevel(logging.CRITICAL)
 
 
 def default_processes() -> int:

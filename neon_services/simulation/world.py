@@ -24,6 +24,7 @@ from neon_services.simulation.proposer import SimulatedProposer
 from neon_services.simulation.real_storage import RealStorage
 from neon_services.simulation.records import ModelWriter, WalWriter, Writer
 from neon_services.simulation.safekeeper import SimulatedSafekeeper
+from neon_services.simulation.trace import brief
 
 TTID = TenantTimelineId(TenantId(bytes(16)), TimelineId(bytes(15) + b"\x01"))
 SETTLE_LIMIT_US = 60_000_000
@@ -89,6 +90,7 @@ class World:
         self.profile = (draw or Profile.draw)(self.random)
         self.writer: Writer = WalWriter(self.random) if self.profile.real else ModelWriter(self.random)
         self.start_lsn = self.writer.start_lsn()
+        self.trace("%s", self.profile)
         self.checker = Checker(self)
         self.writing = True
         self._events: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -136,7 +138,7 @@ class World:
     def trace(self, text: str, *values: object) -> None:
         """A line for the reader of a replayed seed."""
         if self.log is not None:
-            self.log(f"{self.now_us / 1000:9.3f} ms  {text % values}")
+            self.log(f"{self.now_us / 1000:9.3f} ms  {text % tuple(map(brief, values))}")
 
     def _run_until(self, time_us: int, done: Callable[[], bool] | None = None) -> bool:
         events = self._events
