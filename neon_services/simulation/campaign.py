@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, fields
 from multiprocessing import get_context
 
 from neon_services.simulation.checker import InvariantViolation
-from neon_services.simulation.world import Stats, World
+from neon_services.simulation.stats import Stats
+from neon_services.simulation.world import World
 
 CHUNK = 25  # schedules of one task of a worker process
 
@@ -27,11 +28,11 @@ REQUIRED = {
     "migrations": 0.1,
     "pulls": 0.1,
     "pulls_given_up": 0.02,
-    "removals": 0.03,
+    "removals": 0.015,
     "clock_jumps": 0.2,
     "disk_failures": 0.15,
     "disk_full": 0.05,
-    "power_losses": 0.15,
+    "power_losses": 0.1,
     "torn": 0.02,
 }
 #: Below this number of schedules chance decides too much.

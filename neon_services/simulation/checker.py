@@ -93,7 +93,10 @@ class Checker:
     def acceptor(self, node: "SimulatedSafekeeper") -> None:
         """After every step of a safekeeper."""
         acceptor = node.acceptor
-        term, commit_lsn = acceptor.term, acceptor.commit_lsn
+        term, commit_lsn, flush_lsn = acceptor.state.term, acceptor.commit_lsn, acceptor.flush_lsn
+        if term == node.seen_term and commit_lsn == node.seen_commit and flush_lsn == node.seen_flush:
+            return
+        node.seen_flush = flush_lsn
         text = "%s: term goes back from %d to %d"
         self.require(term >= node.seen_term, "term is monotonic", text, node, node.seen_term, term)
         node.seen_term = term
@@ -101,17 +104,17 @@ class Checker:
             text = "%s: commit_lsn goes back from %d to %d"
             self.require(commit_lsn > node.seen_commit, "commit is kept", text, node, node.seen_commit, commit_lsn)
             text = "%s: commit_lsn %d is beyond flush_lsn"
-            self.require(commit_lsn <= acceptor.flush_lsn, "commit is flushed", text, node, commit_lsn)
+            self.require(commit_lsn <= flush_lsn, "commit is flushed", text, node, commit_lsn)
             text = "%s believes %d to be committed, which is not"
             self.require(commit_lsn <= self.committed_lsn, "commit is true", text, node, commit_lsn)
             self._same(node, node.seen_commit, commit_lsn)
             node.seen_commit = commit_lsn
         elif node.seen_commit:
             text = "%s lost committed WAL: flush_lsn %d"
-            self.require(node.seen_commit <= acceptor.flush_lsn, "commit is kept", text, node, acceptor.flush_lsn)
+            self.require(node.seen_commit <= flush_lsn, "commit is kept", text, node, flush_lsn)
         if node.acknowledged_term == term:
             text = "%s lost WAL that it acknowledged to the present leader: %d"
-            holds = acceptor.flush_lsn >= node.acknowledged_lsn
+            holds = flush_lsn >= node.acknowledged_lsn
             self.require(holds, "flush is durable", text, node, node.acknowledged_lsn)
 
     def booted(self, node: "SimulatedSafekeeper") -> None:

@@ -112,7 +112,7 @@ class Profile:
                 "clock": 0.3,
                 "gossip": 2,
                 "manage": 3,
-                "offload": 4 if real else 0,
+                "offload": 6 if real else 0,
                 "control": rng.choice((1, 4)) if reconfigure else 0,
             },
         )

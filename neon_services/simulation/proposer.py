@@ -172,7 +172,7 @@ class SimulatedProposer:
     def _pump_soon(self, slot: int) -> None:
         if slot not in self._pump_due:
             self._pump_due.add(slot)
-            self.world.after(self.world.random.randint(0, 3000), self._pump, slot)
+            self.world.after(self.world.soon_us(3000), self._pump, slot)
 
     def _pump(self, slot: int) -> None:
         self._pump_due.discard(slot)
@@ -183,7 +183,7 @@ class SimulatedProposer:
             return
         world = self.world
         begin = member.sent_lsn
-        end = Lsn(min(self.end_lsn, begin + world.random.randint(1, world.profile.chunk * world.writer.stretch)))
+        end = Lsn(min(self.end_lsn, begin + 1 + world.soon_us(world.profile.chunk * world.writer.stretch)))
         if begin < core.term_start_lsn:
             end = Lsn(min(end, core.term_start_lsn))
             data = self._from_donor(slot, begin, end)

@@ -17,7 +17,8 @@ from neon_services.ground.lsn import INVALID_LSN, Lsn, parse_segment_file_name, 
 from neon_services.safekeeper.control_file import FILE_NAME, ControlFile
 from neon_services.safekeeper.segments import PARTIAL_SUFFIX
 from neon_services.safekeeper.timeline_storage import TimelineStorage
-from neon_services.simulation.disk import SECTOR, DiskWeather, Platters, SimulatedDirectory, SimulatedDisk, SimulatedFile
+from neon_services.simulation.disk import SimulatedDisk
+from neon_services.simulation.platters import SECTOR, DiskWeather, Platters, SimulatedDirectory, SimulatedFile
 
 TIMELINE = Path("timeline")
 STAGED = Path("tmp")

@@ -24,9 +24,10 @@ from neon_services.protocols.safekeeper_messages import (
 )
 from neon_services.safekeeper.manager import must_save
 from neon_services.safekeeper.wal_store import WalStoreError
-from neon_services.simulation.disk import DiskWeather, PowerLost, SimulatedDisk
+from neon_services.simulation.disk import PowerLost, SimulatedDisk
 from neon_services.simulation.model_storage import ModelStorage
 from neon_services.simulation.network import Connection
+from neon_services.simulation.platters import DiskWeather
 from neon_services.simulation.real_storage import RealStorage
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class SimulatedSafekeeper:
         world = self.world
         self.acceptor = world.kinds.acceptor(self.node_id, world.ttid, self.storage.state, self.storage.wal)
         self.seen_term = self.seen_commit = 0
+        self.seen_flush = -1
         self.same_lsn = INVALID_LSN
         state = self.storage.state
         world.trace("%s boots: term %d, flush %d, commit %d", self, state.term, self.acceptor.flush_lsn, state.commit_lsn)
@@ -192,7 +194,7 @@ class SimulatedSafekeeper:
             connection.send_to_proposer(reply)
         if isinstance(message, AppendRequest) and connection not in self.flush_due:
             self.flush_due.add(connection)
-            world.after(world.random.randint(0, 4000), self._flush, connection)
+            world.after(world.soon_us(4000), self._flush, connection)
 
     def _flush(self, connection: Connection) -> None:
         session = self.sessions.get(connection)
@@ -287,9 +289,7 @@ class SimulatedSafekeeper:
         state = replace(donor.storage.state, mconf=mconf)
         steps = self.storage.install(begin, self._chunks(donor, begin, end), state)
         try:
-            while not self.present:
-                if next(steps, self) is self:
-                    break
+            for _ in steps:
                 yield world.delay_us()
                 fit = self.up and self.boots == boots and donor.up and donor.boots == donor_boots and donor.present
                 if not fit or donor.snapshot_term() != term:

@@ -24,6 +24,7 @@ from neon_services.simulation.proposer import SimulatedProposer
 from neon_services.simulation.real_storage import RealStorage
 from neon_services.simulation.records import ModelWriter, WalWriter, Writer
 from neon_services.simulation.safekeeper import SimulatedSafekeeper
+from neon_services.simulation.stats import Stats
 from neon_services.simulation.trace import brief
 
 TTID = TenantTimelineId(TenantId(bytes(16)), TimelineId(bytes(15) + b"\x01"))
@@ -40,33 +41,6 @@ class Kinds:
     node: type[SimulatedSafekeeper] = SimulatedSafekeeper
     storage: type[RealStorage] = RealStorage
     removal_horizon: Callable[..., Lsn] = removal_horizon
-
-
-@dataclass(slots=True)
-class Stats:
-    """That a schedule did something."""
-
-    events: int = 0
-    real: int = 0
-    elections: int = 0
-    commits: int = 0
-    committed_bytes: int = 0
-    unruly_commits: int = 0
-    truncations: int = 0
-    crashes: int = 0
-    kills: int = 0
-    deposed: int = 0
-    broken: int = 0
-    migrations: int = 0
-    pulls: int = 0
-    pulls_given_up: int = 0
-    removals: int = 0
-    clock_jumps: int = 0
-    disk_operations: int = 0
-    disk_failures: int = 0
-    disk_full: int = 0
-    power_losses: int = 0
-    torn: int = 0
 
 
 class World:
@@ -157,6 +131,10 @@ class World:
         """How long something takes to arrive."""
         low, high = self.profile.delay_us
         return low + int(self.random.random() * (high - low))
+
+    def soon_us(self, limit_us: int) -> int:
+        """A time below the limit; cheaper than ``randint``."""
+        return int(self.random.random() * limit_us)
 
     def connection(self, proposer: SimulatedProposer, slot: int, node: SimulatedSafekeeper) -> Connection:
         """A new connection."""

@@ -7,15 +7,18 @@ from typing import Any
 from neon_services.consensus import term_history
 from neon_services.consensus.acceptor import (
     Acceptor,
+    AcceptorState,
     InitializeWal,
     PeerInfo,
     PersistState,
     ProposerConnection,
     Steps,
     TruncateWal,
+    WalStore,
 )
 from neon_services.consensus.membership import quorum_size
 from neon_services.consensus.proposer import Member, Proposer
+from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import (
     AppendRequest,
@@ -143,6 +146,14 @@ class VotesTwice(Acceptor):
         return [replace(reply, vote_given=True)] if reply.term == message.term else [reply]
 
 
+class ForgetsItsPromiseAtBoot(Acceptor):
+    """Boots with the term of the last leader that it followed instead of the last one that it promised."""
+
+    def __init__(self, node_id: int, ttid: TenantTimelineId, state: AcceptorState, wal: WalStore) -> None:
+        term = state.term_history[-1].term if state.term_history else 0
+        super().__init__(node_id, ttid, replace(state, term=term), wal)
+
+
 class AdoptsBeforeTruncate(Acceptor):
     """Writes the new history first and cuts the log then."""
 
@@ -260,29 +271,6 @@ class ForgetsToCutWhatItVoted(Acceptor):
             super()._check_start(start, history)
 
 
-PROPOSERS: list[type[Proposer]] = [
-    CommitsOfFormerTerms,
-    CountsItselfTwice,
-    DonorByLength,
-    ElectedByOne,
-    ForgetsWhoAcknowledged,
-    StreamsFromFlush,
-]
-ACCEPTORS: list[type[Acceptor]] = [
-    VotesBeforeFlush,
-    VotesBeforePersist,
-    VotesTwice,
-    AdoptsBeforeTruncate,
-    NeverTruncates,
-    FollowsAnyTerm,
-    BelievesEveryPeer,
-    AcknowledgesBeforeFlush,
-    CommitsBeyondFlush,
-    ReportsAdoptedHistory,
-    ForgetsToCutWhatItVoted,
-]
-
-
 # --- changes of the membership
 
 
@@ -333,6 +321,3 @@ class SkipsJoint(SimulatedController):
         for node in self.nodes(joint.new_members or ()):
             yield self.world.delay_us()
             self._pull(node, joint)
-
-
-CONTROLLERS: list[type[SimulatedController]] = [FinishesUnsynchronised, FinishesWithoutTerms, SkipsJoint]

@@ -71,6 +71,22 @@ class GoesOnAfterAFailedSync(WalStore):
             super().truncate(lsn, pg_version=pg_version, system_id=system_id)
 
 
+class GoesOnAfterAFailedCut(WalStore):
+    """Accepts WAL though cutting the log failed in the middle."""
+
+    def truncate(self, lsn: Lsn, *, pg_version: int, system_id: int) -> None:
+        try:
+            super().truncate(lsn, pg_version=pg_version, system_id=system_id)
+        except WalStoreError:
+            if self._write_lsn != lsn:
+                raise
+            self._must_truncate = False
+            self._scanner = WalScanner(lsn, segment_size=self._segment_size)
+            descriptor = self.segments.open_partial(lsn // self._segment_size)
+            if descriptor is not None:
+                self._descriptor, self._segment, self._dirty = descriptor, lsn // self._segment_size, True
+
+
 class BelievesShortWrites(WalStore):
     """Takes a write for whole that was short."""
 

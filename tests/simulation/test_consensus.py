@@ -13,7 +13,8 @@ from neon_services.consensus.proposer import Proposer
 from neon_services.simulation.campaign import JUDGED_FROM, Outcome, run_campaign
 from neon_services.simulation.checker import InvariantViolation
 from neon_services.simulation.profile import Profile
-from neon_services.simulation.world import Kinds, Stats, World
+from neon_services.simulation.stats import Stats
+from neon_services.simulation.world import Kinds, World
 
 FIRST = int(os.environ.get("NEON_SIM_FIRST", "0"))
 SEEDS = int(os.environ.get("NEON_SIM_SEEDS", "10000"))

@@ -11,7 +11,8 @@ import pytest
 
 from neon_services.ground.disk import write_all
 from neon_services.ground.durable import replace_durably
-from neon_services.simulation.disk import SECTOR, DiskWeather, Platters, PowerLost, SimulatedDisk, SimulatedFile
+from neon_services.simulation.disk import PowerLost, SimulatedDisk
+from neon_services.simulation.platters import SECTOR, DiskWeather, Platters, SimulatedFile
 
 FILE = Path("file")
 SEEDS = range(200)

@@ -8,7 +8,8 @@ import pytest
 
 from neon_services.ground.lsn import Lsn
 from neon_services.safekeeper.wal_store import WalStore, WalStoreError
-from neon_services.simulation.disk import DiskWeather, Platters, SimulatedDisk, SimulatedFile
+from neon_services.simulation.disk import SimulatedDisk
+from neon_services.simulation.platters import DiskWeather, Platters, SimulatedFile
 from neon_services.simulation.records import SEGMENT_SIZE, WalWriter
 
 START = Lsn(2 * SEGMENT_SIZE + 4096)
