@@ -77,7 +77,7 @@ class Profile:
     @classmethod
     def contested(cls, rng: random.Random) -> "Profile":
         """Short-lived leaders that each leave a different tail on a minority: where the rules about terms are needed."""
-        return cls._contested(rng, real=rng.random() < REAL_SHARE)
+        return cls._contested(rng, real=False)
 
     @classmethod
     def _stormy(cls, rng: random.Random, nodes: int, *, reconfigure: bool, real: bool) -> "Profile":
