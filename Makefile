@@ -53,7 +53,10 @@ bench: venv ext ## Print the performance table as ratios (takes minutes; needs a
 	python -m tests.benchmarks
 
 simulate: venv ## Run SEEDS schedules of the consensus simulation (SEEDS=20000)
-	python -m neon_services.simulation --schedules $(or $(SEEDS),20000)
+	python -m neon_services.simulation --schedules $(or $(SEEDS),20000) --first $(or $(FIRST),0)
+
+mutations: venv ## Find every planted bug by simulation and write docs/mutations.md
+	python -m tests.simulation.table
 
 -include lab.mk
-.PHONY: help venv packages ext lint test bench simulate
+.PHONY: help venv packages ext lint test bench simulate mutations

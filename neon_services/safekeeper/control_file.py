@@ -18,6 +18,7 @@ from crc32c import crc32c
 
 from neon_services.consensus.acceptor import AcceptorState
 from neon_services.consensus.term_history import check
+from neon_services.ground.disk import REAL_DISK, Disk, read_file
 from neon_services.ground.durable import replace_durably
 from neon_services.ground.errors import CorruptionError
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
@@ -141,15 +142,14 @@ class ControlFile:
 
     # -- files
 
-    def save(self, directory: Path, *, sync: bool = True) -> None:
+    def save(self, directory: Path, *, sync: bool = True, disk: Disk = REAL_DISK) -> None:
         """Replace the timeline's control file durably."""
-        replace_durably(directory / FILE_NAME, self.encode(), staged_suffix=STAGED_SUFFIX, sync=sync)
+        replace_durably(directory / FILE_NAME, self.encode(), staged_suffix=STAGED_SUFFIX, sync=sync, disk=disk)
 
     @classmethod
-    def load(cls, path: Path) -> "ControlFile":
+    def load(cls, path: Path, *, disk: Disk = REAL_DISK) -> "ControlFile":
         """Read a control file. Raises OSError or CorruptionError."""
-        with path.open("rb") as file:
-            return cls.decode(file.read(MAX_BYTES), name=str(path))
+        return cls.decode(read_file(disk, path, MAX_BYTES), name=str(path))
 
     # -- for people
 

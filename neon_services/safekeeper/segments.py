@@ -8,10 +8,10 @@ metadata), synced, and only then renamed. ``<name>.partial`` is a segment that i
 import contextlib
 import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 
-from neon_services.ground.durable import sync_directory
+from neon_services.ground.disk import REAL_DISK, Disk, write_all
 from neon_services.ground.lsn import parse_segment_file_name, segment_file_name
 
 log = logging.getLogger(__name__)
@@ -20,36 +20,22 @@ PARTIAL_SUFFIX = ".partial"
 SCRATCH_NAME = "waltmp"
 DOWNLOAD_NAME = "remote_partial.tmp"
 _ZEROS = bytes(1024 * 1024)
-# one thread makes the next segments of all timelines: it is the disk that limits it
-_preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-segment")
-
-
-def write_all(descriptor: int, views: list[memoryview | bytes], offset: int, flags: int) -> None:
-    """``pwritev`` that does not stop at a short write. Raises OSError."""
-    total = sum(len(view) for view in views)
-    if len(views) > 1000:  # IOV_MAX is 1024
-        views = [b"".join(views)]
-    written = os.pwritev(descriptor, views, offset, flags)
-    if written != total:
-        rest = memoryview(b"".join(views))[written:]
-        while rest:
-            count = os.pwritev(descriptor, [rest], offset + total - len(rest), flags)
-            rest = rest[count:]
 
 
 class SegmentDirectory:
     """The segment files in a timeline's directory. All methods may raise OSError."""
 
-    def __init__(self, path: Path, segment_size: int, *, sync: bool = True) -> None:
+    def __init__(self, path: Path, segment_size: int, *, sync: bool = True, disk: Disk = REAL_DISK) -> None:
         self.path = path
         self.segment_size = segment_size
         self.sync = sync
+        self.disk = disk
         self._prepared: Future[None] | None = None
 
     def discard_scratch(self) -> None:
         """Remove what an interrupted creation or download left, while none is under way."""
         for name in (SCRATCH_NAME, DOWNLOAD_NAME):
-            (self.path / name).unlink(missing_ok=True)
+            self.disk.unlink(self.path / name)
 
     def complete_path(self, segment: int) -> Path:
         """The name of a complete segment."""
@@ -62,16 +48,16 @@ class SegmentDirectory:
     def find(self, segment: int) -> Path | None:
         """The segment's file under either name."""
         for path in (self.partial_path(segment), self.complete_path(segment)):
-            if path.exists():
+            if self.disk.exists(path):
                 return path
         return None
 
     def existing(self) -> dict[int, Path]:
         """Every segment here, by number; the partial name wins when a crash left both."""
         found: dict[int, Path] = {}
-        for entry in sorted(self.path.iterdir()):
+        for name in self.disk.names(self.path):
             with contextlib.suppress(ValueError):
-                found[parse_segment_file_name(entry.name.removesuffix(PARTIAL_SUFFIX), self.segment_size)] = entry
+                found[parse_segment_file_name(name.removesuffix(PARTIAL_SUFFIX), self.segment_size)] = self.path / name
         return found
 
     # -- making
@@ -79,7 +65,7 @@ class SegmentDirectory:
     def prepare(self) -> None:
         """Start making the next segment file in the background, if that is not under way."""
         if self._prepared is None:
-            self._prepared = _preparer.submit(self._make_scratch)
+            self._prepared = self.disk.background(self._make_scratch)
 
     def settle(self) -> None:
         """Stop making the next segment, or wait until it is made: afterwards nothing happens in the directory by itself."""
@@ -96,78 +82,99 @@ class SegmentDirectory:
                 prepared.result()
             except OSError as error:
                 log.warning("%s: preparing the next segment failed: %s", self.path, error)
-        if not scratch.exists():
+        if not self.disk.exists(scratch):
             self._make_scratch()
-        descriptor = os.open(scratch, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = self.disk.open(scratch, os.O_RDWR)
         try:
-            scratch.rename(self.partial_path(segment))
+            self.disk.rename(scratch, self.partial_path(segment))
             self.sync_directory()
         except BaseException:
-            os.close(descriptor)
+            self.disk.close(descriptor)
             raise
         return descriptor
 
     def _make_scratch(self) -> None:
         scratch = self.path / SCRATCH_NAME
-        descriptor = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = self.disk.open(scratch, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             self._fill_with_zeros(descriptor, 0)
             if self.sync:
-                os.fsync(descriptor)
+                self.disk.fsync(descriptor)
         except BaseException:
-            scratch.unlink(missing_ok=True)
+            self.disk.unlink(scratch)
             raise
         finally:
-            os.close(descriptor)
+            self.disk.close(descriptor)
 
     def _fill_with_zeros(self, descriptor: int, offset: int) -> None:
         while offset < self.segment_size:
             count = min(len(_ZEROS), self.segment_size - offset)
-            write_all(descriptor, [_ZEROS[:count]], offset, 0)
+            write_all(self.disk, descriptor, [_ZEROS[:count]], offset, 0)
             offset += count
 
     def open_partial(self, segment: int) -> int | None:
         """A descriptor of the segment's file for writing, which then has the ``.partial`` name; None when there is none."""
         partial = self.partial_path(segment)
-        if not partial.exists():
+        if not self.disk.exists(partial):
             complete = self.complete_path(segment)
-            if not complete.exists():
+            if not self.disk.exists(complete):
                 return None
-            complete.rename(partial)
+            self.disk.rename(complete, partial)
             self.sync_directory()
-        return os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+        return self.disk.open(partial, os.O_RDWR)
 
-    def clear_from(self, descriptor: int, offset: int) -> None:
-        """Make everything behind the offset zero and the file full, durably. Writes only where there is something."""
+    def clear_from(self, descriptor: int, offset: int, *, anew: bool = False) -> None:
+        """Make everything behind the offset zero and the file full, durably.
+
+        Writes only where the page cache shows something, or, when that is not to be trusted, everywhere (``anew``).
+        """
         position = offset
-        size = os.fstat(descriptor).st_size
+        size = self.disk.size(descriptor)
         while position < size:
-            chunk = os.pread(descriptor, min(len(_ZEROS), size - position), position)
-            if chunk != _ZEROS[: len(chunk)]:
-                write_all(descriptor, [_ZEROS[: len(chunk)]], position, 0)
+            chunk = self.disk.pread(descriptor, min(len(_ZEROS), size - position), position)
+            if anew or chunk != _ZEROS[: len(chunk)]:
+                write_all(self.disk, descriptor, [_ZEROS[: len(chunk)]], position, 0)
             position += len(chunk)
         if size > self.segment_size:
-            os.ftruncate(descriptor, self.segment_size)
+            self.disk.ftruncate(descriptor, self.segment_size)
         self._fill_with_zeros(descriptor, max(size, offset))
         if self.sync:
-            os.fsync(descriptor)
+            self.disk.fsync(descriptor)
+
+    def write_anew(self, begin: int, end: int) -> None:
+        """Write the bytes from one position to another once more and sync them: that they can be read proves nothing."""
+        while begin < end and (path := self.find(begin // self.segment_size)) is not None:
+            descriptor = self.disk.open(path, os.O_RDWR)
+            try:
+                upto = min(end, begin - begin % self.segment_size + self.segment_size)
+                while begin < upto:
+                    offset = begin % self.segment_size
+                    chunk = self.disk.pread(descriptor, min(len(_ZEROS), upto - begin), offset)
+                    if not chunk:
+                        return
+                    write_all(self.disk, descriptor, [chunk], offset, 0)
+                    begin += len(chunk)
+                if self.sync:
+                    self.disk.fsync(descriptor)
+            finally:
+                self.disk.close(descriptor)
 
     # -- completing and removing
 
     def complete(self, segment: int) -> None:
         """Give a synced ``.partial`` segment its final name. Needs no directory sync: either name is found at boot."""
-        self.partial_path(segment).rename(self.complete_path(segment))
+        self.disk.rename(self.partial_path(segment), self.complete_path(segment))
 
     def complete_before(self, segment: int) -> None:
         """Sync and complete every ``.partial`` segment below this one: its rest was skipped by a switch of segments."""
         for number, path in self.existing().items():
             if number < segment and path.name.endswith(PARTIAL_SUFFIX):
                 if self.sync:
-                    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                    descriptor = self.disk.open(path, os.O_RDWR)
                     try:
-                        os.fsync(descriptor)
+                        self.disk.fsync(descriptor)
                     finally:
-                        os.close(descriptor)
+                        self.disk.close(descriptor)
                 self.complete(number)
 
     def remove_above(self, segment: int) -> None:
@@ -186,10 +193,10 @@ class SegmentDirectory:
         return numbers
 
     def _unlink(self, segment: int) -> None:
-        self.partial_path(segment).unlink(missing_ok=True)
-        self.complete_path(segment).unlink(missing_ok=True)
+        self.disk.unlink(self.partial_path(segment))
+        self.disk.unlink(self.complete_path(segment))
 
     def sync_directory(self) -> None:
         """Make renames durable."""
         if self.sync:
-            sync_directory(self.path)
+            self.disk.sync_directory(self.path)

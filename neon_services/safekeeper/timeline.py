@@ -12,21 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neon_services.consensus.acceptor import (
-    Acceptor,
-    AcceptorState,
-    Effect,
-    FlushWal,
-    InitializeWal,
-    PeerInfo,
-    PersistState,
-    TruncateWal,
-    WriteWal,
-    run,
-)
+from neon_services.consensus.acceptor import Acceptor, Effect, PeerInfo, run
 from neon_services.ground.errors import Cancelled, NeonError
 from neon_services.ground.ids import TenantTimelineId
-from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn
+from neon_services.ground.lsn import INVALID_LSN, Lsn
 from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.connections import (
@@ -39,23 +28,20 @@ from neon_services.safekeeper.connections import (
 from neon_services.safekeeper.control_file import ControlFile, PartialSegment
 from neon_services.safekeeper.offloaded_segment import bring_back
 from neon_services.safekeeper.remote_wal import RemoteWal
+from neon_services.safekeeper.timeline_storage import TimelineStorage
 from neon_services.safekeeper.wal_reader import WalReader
-from neon_services.safekeeper.wal_store import WalStore, WalStoreError
 
 Result = TypeVar("Result")
 
 RESIDENCE_TIMEOUT_S = 30.0
 
 
-class Timeline:
+class Timeline(TimelineStorage):
     """See the module's text. Make it with ``Timeline.open``."""
 
     def __init__(self, node_id: int, directory: Path, control: ControlFile, *, sync: bool) -> None:
+        super().__init__(directory, control, sync=sync)
         self.ttid: TenantTimelineId = control.ttid
-        self.directory = directory
-        self.control = control
-        self._sync = sync
-        self.store = WalStore(directory, self.segment_size, sync=sync)
         self.acceptor = Acceptor(node_id, control.ttid, control.acceptor, self.store)
         self.receivers: dict[int, WalReceiverState] = {}
         self.senders: dict[int, WalSenderState] = {}
@@ -77,7 +63,6 @@ class Timeline:
         self._unbroken: set[asyncio.Future[Any]] = set()
         #: Held by whoever changes the partial segments in the bucket.
         self.partial_backup_lock = asyncio.Lock()
-        self.control_saved_at = time.monotonic()
         self.ps_feedback_count = 0
         self.ps_corruption_detected = False
         self.last_ps_feedback: PageserverFeedback | None = None
@@ -101,41 +86,14 @@ class Timeline:
 
     # -- carrying out the acceptor's effects
 
-    def perform(self, effect: Effect) -> Any:
-        """Carry out one effect. Raises WalStoreError or ProtocolViolation."""
-        if isinstance(effect, FlushWal):
-            return self.store.flush()
-        if isinstance(effect, WriteWal):
-            return self.store.write(effect.begin_lsn, effect.data)
-        state = self.acceptor.state
-        if isinstance(effect, PersistState):
-            return self._persist(effect.state)
-        if isinstance(effect, TruncateWal):
-            return self.store.truncate(effect.lsn, pg_version=state.pg_version, system_id=state.system_id)
-        assert isinstance(effect, InitializeWal)
-        return self.store.initialize(effect.lsn, pg_version=state.pg_version, system_id=state.system_id)
-
-    def _persist(self, state: AcceptorState) -> None:
-        self._save(replace(self.control, acceptor=state))
-
     def save_partial_backup(self, segments: tuple[PartialSegment, ...]) -> None:
         """Remember durably which partial segments are, or may be, in the bucket. Raises WalStoreError."""
-        self._save(replace(self.control, partial_backup=segments))
+        self.save_control(replace(self.control, partial_backup=segments))
 
     def save_eviction(self, offloaded_flush_lsn: Lsn | None) -> None:
         """Remember durably whether the WAL is in the bucket only, and where it ends. Raises WalStoreError."""
-        self._save(replace(self.control, offloaded_flush_lsn=offloaded_flush_lsn))
+        self.save_control(replace(self.control, offloaded_flush_lsn=offloaded_flush_lsn))
         self.resident_since = time.monotonic()
-
-    def _save(self, control: ControlFile) -> None:
-        started = time.perf_counter()
-        try:
-            control.save(self.directory, sync=self._sync)
-        except OSError as error:
-            raise WalStoreError(f"saving {self.directory}/safekeeper.control failed: {error.strerror or error}") from error
-        metrics.PERSIST_CONTROL_FILE_SECONDS.observe(time.perf_counter() - started)
-        self.control = control
-        self.control_saved_at = time.monotonic()
 
     def run(self, steps: Generator[Effect, Any, Result]) -> Result:
         """Run one method of the acceptor and tell everybody who waits. Raises what the method or an effect raises."""
@@ -156,11 +114,6 @@ class Timeline:
             self.on_change(self)
 
     # -- what others ask
-
-    @property
-    def segment_size(self) -> int:
-        """Bytes of a WAL segment."""
-        return self.control.acceptor.wal_seg_size or WAL_SEGMENT_SIZE
 
     @property
     def computes(self) -> int:

@@ -170,9 +170,13 @@ class Timelines:
         directory = self.directory_of(ttid)
         directory.parent.mkdir(exist_ok=True)
         staged.rename(directory)
-        if self._sync:
-            sync_directory(directory.parent)
-            sync_directory(self._datadir)
+        try:
+            if self._sync:
+                sync_directory(directory.parent)
+                sync_directory(self._datadir)
+        except OSError:
+            directory.rename(staged)  # not durable, so not there: whoever tries again must not find it in the way
+            raise
         try:
             timeline = Timeline.open(self._node_id, directory, sync=self._sync)
         except (OSError, NeonError) as error:

@@ -7,6 +7,8 @@ Invariants:
 2. Bytes are appended strictly in order. After boot, and after any failure, nothing is appended before truncate() has put
    zeros behind the end of the log: stale bytes there could later look like its continuation.
 3. A failed write or sync leaves all positions at flush_lsn; the bytes behind it count as garbage.
+4. After a failed sync, which the kernel forgets, what the page cache shows proves nothing, also to the next process: the log
+   that recover() finds, and the zeros of the first truncate() after boot or a failure, are written anew and synced.
 
 Hot path: ``write`` only remembers views of the receive buffer, and ``flush`` hands all of them to one
 ``pwritev(RWF_DSYNC)``. Whoever calls write() must call flush() or write_out() before the views become invalid.
@@ -20,10 +22,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from neon_services.ground.disk import REAL_DISK, Disk, write_all
 from neon_services.ground.errors import NeonError, ProtocolViolation
 from neon_services.ground.lsn import INVALID_LSN, XLOG_BLCKSZ, Lsn, format_lsn, page_header_size
 from neon_services.safekeeper import metrics
-from neon_services.safekeeper.segments import SegmentDirectory, write_all
+from neon_services.safekeeper.segments import SegmentDirectory
 from neon_services.wal.framing import PAGE_MAGICS, build_page_header
 from neon_services.wal.records import WalDecodeError
 from neon_services.wal.scanner import WalScanner
@@ -46,8 +49,10 @@ class WalStore:
         segment_size: int,
         *,
         sync: bool = True,
+        disk: Disk = REAL_DISK,
     ) -> None:
-        self.segments = SegmentDirectory(directory, segment_size, sync=sync)
+        self.segments = SegmentDirectory(directory, segment_size, sync=sync, disk=disk)
+        self._disk = disk
         self._segment_size = segment_size
         self._sync = sync
         self._write_lsn = INVALID_LSN
@@ -57,6 +62,7 @@ class WalStore:
         self._pending: list[memoryview | bytes] = []
         self._pending_bytes = 0
         self._must_truncate = True
+        self._distrusts_cache = True
         self._descriptor: int | None = None
         self._segment = -1
         self._can_dsync = True
@@ -91,7 +97,7 @@ class WalStore:
     # -- boot
 
     def recover(self, commit_lsn: Lsn, *, offloaded_flush_lsn: Lsn | None = None) -> None:
-        """Find the end of the log by reading records from the saved commit_lsn on. Raises OSError.
+        """Find the end of the log by reading records from the saved commit_lsn on, and make sure of them. Raises OSError.
 
         The end of a log that is in object storage only is known.
         """
@@ -107,15 +113,20 @@ class WalStore:
                 scanner.feed(chunk)
         except WalDecodeError as error:
             log.debug("%s: the log ends: %s", self.segments.path, error)
-        self._move_to(max(commit_lsn, scanner.record_end_lsn))
+        end_lsn = max(commit_lsn, scanner.record_end_lsn)
+        self.segments.write_anew(commit_lsn, end_lsn)
+        self._move_to(end_lsn)
 
     def _stored_bytes(self, lsn: int) -> Iterator[bytes]:
         while (path := self.segments.find(lsn // self._segment_size)) is not None:
-            with path.open("rb") as file:
-                file.seek(lsn % self._segment_size)
-                while chunk := file.read(RECOVERY_CHUNK_BYTES):
+            descriptor = self._disk.open(path, os.O_RDONLY)
+            try:
+                begin, offset = lsn, lsn % self._segment_size
+                while chunk := self._disk.pread(descriptor, RECOVERY_CHUNK_BYTES, lsn - begin + offset):
                     lsn += len(chunk)
                     yield chunk
+            finally:
+                self._disk.close(descriptor)
             if lsn % self._segment_size:
                 return
 
@@ -142,7 +153,7 @@ class WalStore:
         if descriptor is None:
             descriptor = self.segments.create(segment)
             for start, header in _page_headers(lsn, self._segment_size, pg_version, system_id):
-                write_all(descriptor, [header], start % self._segment_size, 0)
+                write_all(self._disk, descriptor, [header], start % self._segment_size, 0)
         self._descriptor, self._segment, self._dirty = descriptor, segment, True
 
     # -- appending
@@ -197,7 +208,7 @@ class WalStore:
                 # RWF_DSYNC covers only these bytes, so earlier unsynced ones need a sync of the whole file
                 dsync = sync and not self._dirty and self._write_durably(part, offset)
                 if not dsync:
-                    write_all(self._descriptor, part, offset, 0)
+                    write_all(self._disk, self._descriptor, part, offset, 0)
                     self._dirty = True
                 lsn += length
                 count -= length
@@ -213,7 +224,7 @@ class WalStore:
         if self._can_dsync:
             assert self._descriptor is not None
             try:
-                write_all(self._descriptor, views, offset, os.RWF_DSYNC)
+                write_all(self._disk, self._descriptor, views, offset, os.RWF_DSYNC)
                 return True
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
@@ -243,12 +254,12 @@ class WalStore:
 
     def _fdatasync(self) -> None:
         assert self._descriptor is not None
-        os.fdatasync(self._descriptor)
+        self._disk.fdatasync(self._descriptor)
         self._dirty = False
 
     def _close(self) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            self._disk.close(self._descriptor)
         self._descriptor, self._segment, self._dirty = None, -1, False
 
     @contextlib.contextmanager
@@ -257,7 +268,7 @@ class WalStore:
         try:
             yield
         except OSError as error:
-            self._must_truncate = True
+            self._must_truncate = self._distrusts_cache = True
             self._pending.clear()
             self._pending_bytes = 0
             self._move_to(self._flush_lsn)
@@ -290,12 +301,12 @@ class WalStore:
             if self._descriptor is None and self.segments.find(segment) is not None:
                 self._descriptor, self._segment = self.segments.open_partial(segment), segment
             if self._descriptor is not None:
-                self.segments.clear_from(self._descriptor, offset)
+                self.segments.clear_from(self._descriptor, offset, anew=self._distrusts_cache)
                 self._dirty = False
             self.segments.complete_before(segment)
             self.segments.sync_directory()
         self._scanner = WalScanner(lsn, segment_size=self._segment_size)
-        self._must_truncate = False
+        self._must_truncate = self._distrusts_cache = False
 
     # -- housekeeping
 

@@ -101,7 +101,11 @@ class SimulatedController:
                 return
             if not isinstance(effect, TellCompute):  # computes look at the row when they start
                 yield self.world.delay_us()
-            outcome = self._perform(effect)
+            if isinstance(effect, PullTimeline):
+                yield from self._pull(effect)
+                outcome = self._has_joined(effect)
+            else:
+                outcome = self._perform(effect)
             if self.world.random.random() < LATE_ANSWERS:
                 yield self.world.delay_us()
 
@@ -112,8 +116,6 @@ class SimulatedController:
             return self._store(effect)
         if isinstance(effect, SwitchMembership):
             return self._switch(self._node(effect.node), effect.mconf)
-        if isinstance(effect, PullTimeline):
-            return self._pull(effect)
         if isinstance(effect, BumpTerm):
             node = self._node(effect.node)
             return node.up and node.present and node.bump(effect.term)
@@ -140,26 +142,30 @@ class SimulatedController:
         last_log_term, flush_lsn = node.position()
         return Standing(node.acceptor.term, last_log_term, Lsn(flush_lsn))
 
-    def _pull(self, effect: PullTimeline) -> bool:
-        """pull_timeline from the best of the old members."""
+    def _pull(self, effect: PullTimeline) -> Iterator[int]:
+        """pull_timeline from the best of the old members, which takes time."""
         node = self._node(effect.node)
-        if not node.up:
-            return False
-        if node.present:
-            return node.switch(effect.mconf)
+        if not node.up or node.present:
+            return
         known = [source for source in map(self._node, effect.sources) if source.up and source.present]
-        if len(known) < max(len(effect.sources) - 1, 1):
-            return False
-        donor = max(known, key=lambda source: (source.position(), source.acceptor.term, source.acceptor.commit_lsn))
-        node.install(donor, effect.mconf)
-        return True
+        if len(known) >= max(len(effect.sources) - 1, 1):
+            donor = max(known, key=lambda source: (source.position(), source.acceptor.term, source.acceptor.commit_lsn))
+            yield from node.pull(donor, effect.mconf, self._promised(known))
+
+    def _promised(self, known: Sequence["SimulatedSafekeeper"]) -> int:
+        """The term that a copy must keep: the highest of the members that were heard."""
+        return max(source.acceptor.term for source in known)
+
+    def _has_joined(self, effect: PullTimeline) -> bool:
+        node = self._node(effect.node)
+        return node.up and node.present and node.switch(effect.mconf)
 
     def _exclude(self, effect: Exclude) -> bool:
         node = self._node(effect.node)
         if not node.up:
             return False
         if node.present:
-            if node.disk.state.mconf.generation > effect.mconf.generation:
+            if node.storage.state.mconf.generation > effect.mconf.generation:
                 return False
             node.exclude()
         return True

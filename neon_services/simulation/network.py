@@ -1,7 +1,9 @@
 """Connections of the simulation: in order and reliable until they break, and then any prefix of what was on its way arrives.
 
 The two ends learn of the end at different times, so an old and a new connection of the same pair overlap. Connections are
-independent of each other: messages of one overtake those of another.
+independent of each other: messages of one overtake those of another. On such streams a message is never doubled; what is
+doubled is the connection: the proposer gives one up and says the same over a new one, and what it said over the old one still
+arrives, before, between or after.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from neon_services.simulation.world import World
 
 _FOREVER = 1 << 60
+#: Directions; a partition may block one of them.
+TO_SAFEKEEPER, TO_PROPOSER = 0, 1
 
 
 class _Direction:
@@ -65,7 +69,7 @@ class Connection:
     def _arrive_at_safekeeper(self, message: ProposerMessage, number: int) -> None:
         direction = self.to_safekeeper
         if number < direction.cut and not direction.closed:
-            if (until_us := self.world.blocked_until(self)) > self.world.now_us:
+            if (until_us := self.world.blocked_until(self, TO_SAFEKEEPER)) > self.world.now_us:
                 direction.last_us = max(direction.last_us, until_us)
                 self.world.at(until_us, self._arrive_at_safekeeper, message, number)
                 return
@@ -75,7 +79,7 @@ class Connection:
     def _arrive_at_proposer(self, message: AcceptorMessage, number: int) -> None:
         direction = self.to_proposer
         if number < direction.cut and not direction.closed:
-            if (until_us := self.world.blocked_until(self)) > self.world.now_us:
+            if (until_us := self.world.blocked_until(self, TO_PROPOSER)) > self.world.now_us:
                 direction.last_us = max(direction.last_us, until_us)
                 self.world.at(until_us, self._arrive_at_proposer, message, number)
                 return

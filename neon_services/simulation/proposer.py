@@ -31,6 +31,7 @@ class SimulatedProposer:
             safekeepers=len(self.nodes),
             pg_version=150000,
             use_generations=not profile.legacy,
+            wal_seg_size=world.writer.segment_size,
             bootstrap_lsn=Lsn(0) if sync or not profile.legacy else world.start_lsn,
         )
         self.core = world.kinds.proposer(config)
@@ -159,7 +160,7 @@ class SimulatedProposer:
             return
         if self.core.ready or self.eager:
             for _ in range(world.random.randint(1, 4)):
-                self.log += world.record(self.core.term)
+                self.log += world.writer.record(self.end_lsn, self.core.term)
             for slot in self.connections:
                 self._pump_soon(slot)
         world.after(world.random.randint(1000, world.profile.write_gap_us), self._write)
@@ -171,7 +172,7 @@ class SimulatedProposer:
     def _pump_soon(self, slot: int) -> None:
         if slot not in self._pump_due:
             self._pump_due.add(slot)
-            self.world.after(self.world.random.randint(0, 3000), self._pump, slot)
+            self.world.after(self.world.soon_us(3000), self._pump, slot)
 
     def _pump(self, slot: int) -> None:
         self._pump_due.discard(slot)
@@ -182,7 +183,7 @@ class SimulatedProposer:
             return
         world = self.world
         begin = member.sent_lsn
-        end = Lsn(min(self.end_lsn, begin + world.random.randint(1, world.profile.chunk)))
+        end = Lsn(min(self.end_lsn, begin + 1 + world.soon_us(world.profile.chunk * world.writer.stretch)))
         if begin < core.term_start_lsn:
             end = Lsn(min(end, core.term_start_lsn))
             data = self._from_donor(slot, begin, end)
@@ -208,5 +209,7 @@ class SimulatedProposer:
             if donor == slot or known <= begin or not node.up or not node.present or world.unreachable(self, node):
                 continue
             if node.acceptor.term == core.term and node.acceptor.flush_lsn >= known:
-                return node.disk.wal.read(begin, known)
+                if begin < node.storage.first_lsn:
+                    return world.bucket(begin, known)
+                return node.storage.read(begin, known)
         return None

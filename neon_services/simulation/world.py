@@ -7,32 +7,28 @@ faults stop: then everything that was ever acknowledged must still be there, and
 import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from neon_services.consensus.acceptor import (
-    Acceptor,
-    AcceptorState,
-    FlushWal,
-    InitializeWal,
-    PersistState,
-    TruncateWal,
-    WriteWal,
-)
+from neon_services.consensus.acceptor import Acceptor, AcceptorState, PeerInfo
 from neon_services.consensus.proposer import Proposer
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, SafekeeperId
-from neon_services.simulation.checker import Checker, InvariantViolation
+from neon_services.safekeeper.manager import removal_horizon
+from neon_services.simulation.checker import Checker
 from neon_services.simulation.controller import SimulatedController
-from neon_services.simulation.network import Connection
+from neon_services.simulation.network import TO_PROPOSER, TO_SAFEKEEPER, Connection
+from neon_services.simulation.profile import EFFECTS, Profile
 from neon_services.simulation.proposer import SimulatedProposer
-from neon_services.simulation.safekeeper import CRASH_WEIGHT, SimulatedSafekeeper
+from neon_services.simulation.real_storage import RealStorage
+from neon_services.simulation.records import ModelWriter, WalWriter, Writer
+from neon_services.simulation.safekeeper import SimulatedSafekeeper
+from neon_services.simulation.stats import Stats
+from neon_services.simulation.trace import brief
 
 TTID = TenantTimelineId(TenantId(bytes(16)), TimelineId(bytes(15) + b"\x01"))
-START_LSN = Lsn(4096)
 SETTLE_LIMIT_US = 60_000_000
-EFFECTS: tuple[type[Any], ...] = (FlushWal, WriteWal, TruncateWal, InitializeWal, PersistState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,119 +38,9 @@ class Kinds:
     proposer: type[Proposer] = Proposer
     acceptor: type[Acceptor] = Acceptor
     controller: type[SimulatedController] = SimulatedController
-
-
-@dataclass(slots=True)
-class Stats:
-    """That a schedule did something."""
-
-    events: int = 0
-    elections: int = 0
-    commits: int = 0
-    committed_bytes: int = 0
-    unruly_commits: int = 0
-    crashes: int = 0
-    deposed: int = 0
-    broken: int = 0
-    migrations: int = 0
-    disk_failures: int = 0
-
-
-@dataclass(slots=True)
-class Profile:
-    """The weather of one schedule."""
-
-    nodes: int
-    #: Without membership generations; the safekeepers start empty.
-    legacy: bool
-    #: Safekeepers that are members at first; when fewer than nodes, the membership changes.
-    members: int
-    duration_us: int
-    delay_us: tuple[int, int]
-    #: Mean time between two of the events that break things.
-    gap_us: int
-    write_gap_us: int
-    #: Most WAL bytes in one append: small ones make catching up slow, and leave partial logs behind.
-    chunk: int
-    connect_failure: float
-    #: How often the announcement of a leader gets stuck on its way.
-    stalled_elected: float
-    #: How often replacing the state fails, leaving the old or the new one.
-    disk_failure: float
-    crash_at_effect: dict[type[Any], float]
-    #: Relative frequency of what breaks.
-    weights: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def draw(cls, rng: random.Random) -> "Profile":
-        """Choose a weather."""
-        if rng.random() < 0.3:
-            return cls.contested(rng)
-        nodes = rng.choice((3, 3, 3, 5, 5))
-        return cls._stormy(rng, nodes, reconfigure=nodes == 5 and rng.random() < 0.6)
-
-    @classmethod
-    def moving(cls, rng: random.Random) -> "Profile":
-        """The membership changes."""
-        return cls._stormy(rng, 5, reconfigure=True)
-
-    @classmethod
-    def _stormy(cls, rng: random.Random, nodes: int, *, reconfigure: bool) -> "Profile":
-        crash = rng.choice((0.0, 0.002, 0.005, 0.01))
-        return cls(
-            nodes=nodes,
-            legacy=not reconfigure and rng.random() < 0.2,
-            members=3 if reconfigure else nodes,
-            duration_us=rng.randint(800_000, 3_000_000),
-            delay_us=rng.choice(((100, 2000), (500, 10_000), (1000, 60_000))),
-            gap_us=rng.choice((15_000, 40_000, 100_000)),
-            write_gap_us=rng.choice((5_000, 20_000, 80_000)),
-            chunk=rng.choice((24, 96, 400)),
-            connect_failure=rng.choice((0.0, 0.1, 0.5)),
-            stalled_elected=rng.choice((0.0, 0.05, 0.3)),
-            disk_failure=rng.choice((0.0, 0.0, 0.02, 0.1)),
-            crash_at_effect={effect: crash * CRASH_WEIGHT.get(effect, 4.0) for effect in EFFECTS},
-            weights={
-                "crash": rng.choice((0.2, 1, 3)),
-                "break": rng.choice((0.5, 2, 4)),
-                "partition": rng.choice((0, 1, 3)),
-                "propose": rng.choice((0.5, 1, 3)),
-                "kill": rng.choice((0.5, 1, 2)),
-                "isolate": rng.choice((0, 1, 6)),
-                "stall": rng.choice((0, 1, 3)),
-                "gossip": 2,
-                "save": 1,
-                "control": rng.choice((1, 4)) if reconfigure else 0,
-            },
-        )
-
-    @classmethod
-    def contested(cls, rng: random.Random) -> "Profile":
-        """Short-lived leaders that each leave a different tail on a minority: where the rules about terms are needed."""
-        return cls(
-            nodes=3,
-            legacy=False,
-            members=3,
-            duration_us=1_500_000,
-            delay_us=(100, 2000),
-            gap_us=rng.choice((15_000, 30_000)),
-            write_gap_us=rng.choice((3_000, 10_000)),
-            chunk=rng.choice((16, 32)),
-            connect_failure=rng.choice((0.0, 0.3)),
-            stalled_elected=0.0,
-            disk_failure=0.0,
-            crash_at_effect=dict.fromkeys(EFFECTS, 0.0),
-            weights={
-                "isolate": 6,
-                "propose": 3,
-                "kill": 3,
-                "partition": 2,
-                "break": 1,
-                "crash": 0.3,
-                "stall": 1,
-                "gossip": 0.5,
-            },
-        )
+    node: type[SimulatedSafekeeper] = SimulatedSafekeeper
+    storage: type[RealStorage] = RealStorage
+    removal_horizon: Callable[..., Lsn] = removal_horizon
 
 
 class World:
@@ -173,33 +59,35 @@ class World:
         self.kinds = kinds or Kinds()
         self.log = log
         self.ttid = TTID
-        self.start_lsn = START_LSN
         self.now_us = 0
         self.stats = Stats()
         self.profile = (draw or Profile.draw)(self.random)
+        self.writer: Writer = WalWriter(self.random) if self.profile.real else ModelWriter(self.random)
+        self.start_lsn = self.writer.start_lsn()
+        self.trace("%s", self.profile)
         self.checker = Checker(self)
         self.writing = True
         self._events: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
         self._calm = False
-        self._partitions: dict[tuple[int, int], int] = {}
+        self._partitions: dict[tuple[int, int, int], int] = {}  # proposer, node, direction -> until when
         self._connections: list[Connection] = []
-        self._records = 0
+        self._infos: list[PeerInfo] = []
         self.proposers: list[SimulatedProposer] = []
-        self.nodes = [SimulatedSafekeeper(self, i + 1, state) for i, state in enumerate(self._initial_states())]
+        self.nodes = [self.kinds.node(self, i + 1, state) for i, state in enumerate(self._initial_states())]
 
     def _initial_states(self) -> list[AcceptorState | None]:
         profile = self.profile
         if profile.legacy:
-            return [AcceptorState() for _ in range(profile.nodes)]
+            return [AcceptorState(wal_seg_size=self.writer.segment_size) for _ in range(profile.nodes)]
         members = tuple(SafekeeperId(i + 1, f"s{i + 1}", 5454) for i in range(profile.members))
         self.controller = self.kinds.controller(self, MembershipConfiguration(2, members))
         states: list[AcceptorState | None] = []
         for _ in members:
             # some members lag by a generation and must learn the newest one from the proposer's greeting
             generation = 1 if self.random.random() < 0.2 else 2
-            mconf, start = MembershipConfiguration(generation, members), self.start_lsn
-            states.append(AcceptorState.create(mconf, pg_version=150000, system_id=0, wal_seg_size=1 << 24, start_lsn=start))
+            mconf, start, size = MembershipConfiguration(generation, members), self.start_lsn, self.writer.segment_size
+            states.append(AcceptorState.create(mconf, pg_version=150000, system_id=0, wal_seg_size=size, start_lsn=start))
         return states + [None] * (profile.nodes - profile.members)
 
     def addresses(self) -> list[SimulatedSafekeeper]:
@@ -224,7 +112,7 @@ class World:
     def trace(self, text: str, *values: object) -> None:
         """A line for the reader of a replayed seed."""
         if self.log is not None:
-            self.log(f"{self.now_us / 1000:9.3f} ms  {text % values}")
+            self.log(f"{self.now_us / 1000:9.3f} ms  {text % tuple(map(brief, values))}")
 
     def _run_until(self, time_us: int, done: Callable[[], bool] | None = None) -> bool:
         events = self._events
@@ -244,26 +132,32 @@ class World:
         low, high = self.profile.delay_us
         return low + int(self.random.random() * (high - low))
 
+    def soon_us(self, limit_us: int) -> int:
+        """A time below the limit; cheaper than ``randint``."""
+        return int(self.random.random() * limit_us)
+
     def connection(self, proposer: SimulatedProposer, slot: int, node: SimulatedSafekeeper) -> Connection:
         """A new connection."""
         made = Connection(self, len(self._connections), proposer, slot, node)
         self._connections.append(made)
         return made
 
-    def blocked_until(self, connection: Connection) -> int:
+    def blocked_until(self, connection: Connection, direction: int) -> int:
         """When a partition lets this connection's messages through again, or its own congestion does."""
-        parted = self._partitions.get((connection.proposer.number, connection.node.node_id), 0) if self._partitions else 0
+        parted = 0
+        if self._partitions:
+            parted = self._partitions.get((connection.proposer.number, connection.node.node_id, direction), 0)
         return max(parted, connection.stalled_until_us)
 
     def unreachable(self, proposer: SimulatedProposer, node: SimulatedSafekeeper) -> bool:
-        """Whether a partition parts the two."""
-        return self._partitions.get((proposer.number, node.node_id), 0) > self.now_us
+        """Whether a partition parts the two, in either direction."""
+        parted = [self._partitions.get((proposer.number, node.node_id, way), 0) for way in (TO_SAFEKEEPER, TO_PROPOSER)]
+        return max(parted) > self.now_us
 
-    def record(self, term: int) -> bytes:
-        """A new record, unlike all others."""
-        self._records += 1
-        units = 1 + int(self.random.random() * 5)
-        return bytes((units, term & 0xFF)) + self._records.to_bytes(6, "big") + bytes((term & 0xFF,)) * (units * 8 - 8)
+    def bucket(self, begin: Lsn, end: Lsn) -> bytes | None:
+        """WAL that safekeepers have removed, as far as it was offloaded."""
+        end = Lsn(min(end, self.checker.offloaded_lsn))
+        return bytes(self.checker.log[begin - self.start_lsn : end - self.start_lsn]) if end > begin else None
 
     # -- the schedule
 
@@ -271,13 +165,32 @@ class World:
         """Run the schedule to its end."""
         self._spawn(sync=False)
         quiet_us = 200_000 + 12 * self.profile.delay_us[1]  # time enough for a first leader
-        self.after(quiet_us, self._unrest)
+        self.after(quiet_us, self._begin_unrest)
         self._run_until(quiet_us + self.profile.duration_us)
         self.stats.unruly_commits = self.stats.commits
         self._settle()
+        self._count()
         if not self.stats.elections or not self.stats.commits:
-            raise InvariantViolation(f"seed {self.seed}: nothing was elected or committed: this schedule proves nothing")
+            self.checker.fail("something happens", "nothing was elected or committed: this schedule proves nothing")
         return self.stats
+
+    def _count(self) -> None:
+        """What the disks did."""
+        stats = self.stats
+        stats.real = int(self.profile.real)
+        for node in self.nodes:
+            weather = node.weather
+            stats.disk_operations += weather.operations
+            stats.disk_failures += weather.failures + getattr(node.storage, "failures", 0)
+            stats.disk_full += weather.refusals
+            stats.power_losses += weather.power_losses
+            stats.torn += weather.torn
+
+    def _begin_unrest(self) -> None:
+        profile = self.profile
+        for node in self.nodes:
+            node.arm(profile.power_loss, profile.sync_failure, profile.short_write)
+        self._unrest()
 
     def _spawn(self, *, sync: bool) -> SimulatedProposer:
         made = SimulatedProposer(self, len(self.proposers) + 1, sync=sync)
@@ -319,8 +232,14 @@ class World:
             return
         proposer = self.random.choice(alive)
         for node in self.random.sample(self.nodes, self.random.randint(1, len(self.nodes) - 1)):
-            self._partitions[proposer.number, node.node_id] = until
-            self.trace("%s and %s are parted until %.1f ms", proposer, node, until / 1000)
+            ways = self.random.choice(((TO_SAFEKEEPER, TO_PROPOSER), (TO_SAFEKEEPER,), (TO_PROPOSER,)))
+            self._part(proposer, node, until, ways)
+
+    def _part(self, proposer: SimulatedProposer, node: SimulatedSafekeeper, until: int, ways: tuple[int, ...]) -> None:
+        for way in ways:
+            self._partitions[proposer.number, node.node_id, way] = until
+        text = "both ways" if len(ways) == 2 else "to the safekeeper" if TO_SAFEKEEPER in ways else "to the proposer"
+        self.trace("%s and %s are parted %s until %.1f ms", proposer, node, text, until / 1000)
 
     def _isolate(self) -> None:
         """A leader reaches one safekeeper only: what it writes from now on lands on a minority."""
@@ -330,7 +249,7 @@ class World:
             until = self.now_us + self.random.randint(20_000, 500_000)
             for node in self.nodes:
                 if node is not kept:
-                    self._partitions[leader.number, node.node_id] = until
+                    self._part(leader, node, until, (TO_SAFEKEEPER, TO_PROPOSER))
             self.trace("%s reaches %s only until %.1f ms", leader, kept, until / 1000)
 
     def _stall(self) -> None:
@@ -359,15 +278,52 @@ class World:
             self.random.choice(alive).die("killed")
 
     def _gossip(self) -> None:
+        """The broker brings news, or old news, once or twice."""
         source, target = self.random.sample(self.nodes, 2)
         if source.up and source.present:
-            self.after(self.delay_us(), target.gossip, source.peer_info())
+            self._infos.append(source.peer_info())
+            news = self._infos[-1] if self.random.random() < 0.6 else self.random.choice(self._infos)
+            for _ in range(self.random.choice((1, 1, 2))):
+                self.after(self.delay_us(), target.gossip, news)
 
     def _control(self) -> None:
         self.controller.act()
 
-    def _save(self) -> None:
-        self.random.choice(self.nodes).save()
+    def _manage(self) -> None:
+        self.random.choice(self.nodes).manage()
+
+    def _stop(self) -> None:
+        """kill -9: what the kernel was given is still there."""
+        self.random.choice(self.nodes).crash(power=False)
+
+    def _fill(self) -> None:
+        """A disk is full, for a while."""
+        node = self.random.choice(self.nodes)
+        node.weather.full = True
+        self.trace("the disk of %s is full", node)
+        self.after(self.random.randint(10_000, 300_000), self._make_room, node)
+
+    def _make_room(self, node: SimulatedSafekeeper) -> None:
+        node.weather.full = False
+
+    def _clock(self) -> None:
+        """A node's clock jumps, forwards or back."""
+        node = self.random.choice(self.nodes)
+        node.clock_offset_s += self.random.choice((-100.0, -0.2, 0.2, 100.0))
+        self.stats.clock_jumps += 1
+
+    def _offload(self) -> None:
+        """A safekeeper uploads its committed segments; a pageserver that hears of it makes its layers durable."""
+        node = self.random.choice(self.nodes)
+        if not node.up or not node.present:
+            return
+        size, commit_lsn, checker = self.writer.segment_size, node.acceptor.commit_lsn, self.checker
+        if self.random.random() < 0.5:
+            checker.offloaded_lsn = max(checker.offloaded_lsn, Lsn(commit_lsn - commit_lsn % size))
+            node.acceptor.backup_lsn = max(node.acceptor.backup_lsn, checker.offloaded_lsn)
+        else:
+            checker.layers_lsn = max(checker.layers_lsn, commit_lsn)
+            node.acceptor.remote_consistent_lsn = max(node.acceptor.remote_consistent_lsn, checker.layers_lsn)
 
     # -- the end
 
@@ -383,18 +339,20 @@ class World:
         for proposer in self._alive():
             proposer.die("the unruly part is over")
         for node in self.nodes:
+            node.calm()
             node.boot()
         if not self.profile.legacy:
             self._finish_migration()
         sync = self._until("sync-safekeepers", True, lambda p: p.synchronised is not None)
         if sync.synchronised:
-            self.checker.require(sync.synchronised >= self.checker.committed_lsn, "the end lost committed WAL")
+            holds = sync.synchronised >= self.checker.committed_lsn
+            self.checker.require(holds, "committed bytes are kept", "the end lost committed WAL")
         goal = self.checker.committed_lsn + 1
         last = self._until("a new leader commits", False, lambda p: p.core.commit_lsn >= goal)
         self.writing = False
         limit = self.now_us + SETTLE_LIMIT_US
         level = self._run_until(limit, lambda: all(n.acceptor.flush_lsn == last.end_lsn for n in last.nodes))
-        self.checker.require(level, "the safekeepers did not catch up to %d", last.end_lsn)
+        self.checker.require(level, "work goes on", "the safekeepers did not catch up to %d", last.end_lsn)
         self.checker.final()
 
     def _finish_migration(self) -> None:
@@ -408,12 +366,15 @@ class World:
             controller.finish()
             self._run_until(limit, lambda helper=helper: controller.process is None or not helper.alive)  # type: ignore[misc]
             helper.die("the membership has changed")
-        self.checker.require(told, "the change of membership did not end")
+        self.checker.require(told, "work goes on", "the change of membership did not end")
         # a member of a final set that was away when the others were told is made equal by pulling the timeline
         for node in self.addresses():
             if not node.present:
-                donor = max((n for n in self.addresses() if n.present), key=lambda n: n.position())
-                node.install(donor, controller.row)
+                holders = [n for n in self.addresses() if n.present]
+                self.checker.require(bool(holders), "committed bytes are kept", "no member holds the timeline any more")
+                donor = max(holders, key=lambda n: n.position())
+                for _ in node.pull(donor, controller.row):
+                    pass
 
     def _until(self, what: str, sync: bool, done: Callable[[SimulatedProposer], bool]) -> SimulatedProposer:
         """Run proposers, each after the former was deposed, until one is done."""
@@ -423,4 +384,5 @@ class World:
             self._run_until(limit, lambda proposer=proposer: done(proposer) or not proposer.alive)  # type: ignore[misc]
             if done(proposer):
                 return proposer
-        raise InvariantViolation(f"seed {self.seed}: no progress after all faults stopped: {what}")
+        self.checker.fail("work goes on", "no progress after all faults stopped: %s", what)
+        raise AssertionError

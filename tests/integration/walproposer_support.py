@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import re
 import struct
 import subprocess
@@ -18,13 +19,13 @@ from neon_services.protocols import pgwire
 from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.pgserver import EndConnection, PgServer, ServerConnection
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, parse_proposer_message
-from neon_services.simulation.wal import SimulatedDisk, SimulatedWal
+from neon_services.simulation.model_storage import ModelStorage, ModelWal
 from tests.integration.cluster import USER, Process, free_port, make_directory, wait_until
 
 SCRIPTS = Path(sys.executable).parent
 
 
-class _ByteWal(SimulatedWal):
+class _ByteWal(ModelWal):
     """Every byte ends a record: real WAL without a record scanner."""
 
     def _scan(self) -> None:
@@ -40,7 +41,7 @@ class MemorySafekeeper:
         self.node_id = node_id
         self.ttid = ttid
         state = AcceptorState.create(mconf, pg_version=pg_version, system_id=0, wal_seg_size=1 << 24, start_lsn=start)
-        self.disk = SimulatedDisk(state)
+        self.disk = ModelStorage(state, random.Random(node_id))
         self.disk.wal = _ByteWal()
         self.disk.wal.initialize(start)
         self.acceptor = Acceptor(node_id, ttid, state, self.disk.wal)

@@ -6,17 +6,20 @@ from typing import Any
 from neon_services.consensus import term_history
 from neon_services.consensus.acceptor import (
     Acceptor,
+    AcceptorState,
     InitializeWal,
     PeerInfo,
     PersistState,
     ProposerConnection,
     Steps,
     TruncateWal,
+    WalStore,
 )
 from neon_services.consensus.membership import quorum_size
 from neon_services.consensus.migration import Migration, PullTimeline, Standing
 from neon_services.consensus.migration import Steps as Migrating
 from neon_services.consensus.proposer import Member, Proposer
+from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import (
     AppendRequest,
@@ -145,6 +148,14 @@ class VotesTwice(Acceptor):
         return [replace(reply, vote_given=True)] if reply.term == message.term else [reply]
 
 
+class ForgetsItsPromiseAtBoot(Acceptor):
+    """Boots with the term of the last leader that it followed instead of the last one that it promised."""
+
+    def __init__(self, node_id: int, ttid: TenantTimelineId, state: AcceptorState, wal: WalStore) -> None:
+        term = state.term_history[-1].term if state.term_history else 0
+        super().__init__(node_id, ttid, replace(state, term=term), wal)
+
+
 class AdoptsBeforeTruncate(Acceptor):
     """Writes the new history first and cuts the log then."""
 
@@ -262,29 +273,6 @@ class ForgetsToCutWhatItVoted(Acceptor):
             super()._check_start(start, history)
 
 
-PROPOSERS: list[type[Proposer]] = [
-    CommitsOfFormerTerms,
-    CountsItselfTwice,
-    DonorByLength,
-    ElectedByOne,
-    ForgetsWhoAcknowledged,
-    StreamsFromFlush,
-]
-ACCEPTORS: list[type[Acceptor]] = [
-    VotesBeforeFlush,
-    VotesBeforePersist,
-    VotesTwice,
-    AdoptsBeforeTruncate,
-    NeverTruncates,
-    FollowsAnyTerm,
-    BelievesEveryPeer,
-    AcknowledgesBeforeFlush,
-    CommitsBeyondFlush,
-    ReportsAdoptedHistory,
-    ForgetsToCutWhatItVoted,
-]
-
-
 # --- changes of the membership
 
 
@@ -334,9 +322,12 @@ class _FitWithoutTerm(Migration):
 
 
 class FinishesWithoutTerms(SimulatedController):
-    """Does not raise the new set's terms to what the old set promised."""
+    """Does not raise the new set's terms to what the old set promised, nor those of copies."""
 
     algorithm = _FitWithoutTerm
+
+    def _promised(self, known: Any) -> int:
+        return 0
 
 
 class _WithoutJoining(Migration):
@@ -352,6 +343,3 @@ class SkipsJoint(SimulatedController):
     """Stores the final configuration at once and copies whatever a single old member has."""
 
     algorithm = _WithoutJoining
-
-
-CONTROLLERS: list[type[SimulatedController]] = [FinishesUnsynchronised, FinishesWithoutTerms, SkipsJoint]

@@ -1,5 +1,6 @@
 """The acceptor, message by message and crash by crash."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from neon_services.protocols.safekeeper_messages import (
     VoteRequest,
     VoteResponse,
 )
-from neon_services.simulation.wal import SimulatedDisk, SimulatedWal
+from neon_services.simulation.model_storage import ModelStorage, ModelWal
 
 TTID = TenantTimelineId(TenantId(bytes(16)), TimelineId(bytes(16)))
 MEMBERS = tuple(SafekeeperId(i, f"s{i}", 5454) for i in (1, 2, 3))
@@ -40,7 +41,7 @@ MCONF = MembershipConfiguration(5, MEMBERS)
 START = Lsn(100)
 
 
-class ByteWal(SimulatedWal):
+class ByteWal(ModelWal):
     """Every byte ends a record."""
 
     def _scan(self) -> None:
@@ -52,7 +53,7 @@ class Node:
 
     def __init__(self, mconf: MembershipConfiguration = MCONF, *, legacy: bool = False) -> None:
         state = AcceptorState.create(mconf, pg_version=150020, system_id=0, wal_seg_size=1 << 24, start_lsn=START)
-        self.disk = SimulatedDisk(AcceptorState() if legacy else state)
+        self.disk = ModelStorage(AcceptorState() if legacy else state, random.Random(1))
         self.disk.wal = ByteWal()
         if not legacy:
             self.disk.wal.initialize(START)

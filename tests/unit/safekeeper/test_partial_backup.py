@@ -72,14 +72,14 @@ def crash_at(world: World, step: int) -> list[str]:
             raise Crash
         done.append(what)
 
-    save = world.timeline._save
+    save = world.timeline.save_control
 
     def saving(control: ControlFile) -> None:
         point("before save")
         save(control)
         point("after save")
 
-    world.timeline._save = saving  # type: ignore[method-assign]
+    world.timeline.save_control = saving  # type: ignore[method-assign]
     world.bucket.before = lambda operation, _: point(f"before {operation}") if operation != "get" else None
     world.bucket.after = lambda operation, _: point(f"after {operation}")
     return done

@@ -1,5 +1,6 @@
 """All timelines of a data directory: loading, creating, deleting, tombstones, and the effects of the acceptor on one."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,28 @@ def test_a_crash_at_any_step_of_creation(tmp_path: Path, monkeypatch: pytest.Mon
             assert steps > 3
             return
     pytest.fail("creation takes more steps than expected")
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_creation_that_cannot_be_made_durable_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    timelines = Timelines(tmp_path, 1, sync=True, clock=Clock())
+    timelines.load()
+    calls = 0
+
+    def sync_directory(_: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(errno.EIO, "planted")
+
+    monkeypatch.setattr("neon_services.safekeeper.timelines.sync_directory", sync_directory)
+    with pytest.raises(OSError, match="planted"):
+        timelines.create(TTID, state())
+    assert timelines.find(TTID) is None and not timelines.directory_of(TTID).exists()
+    timelines.create(TTID, state())
+    assert [timeline.ttid for timeline in loaded(tmp_path).all()] == [TTID]
 
 
 def test_a_control_file_of_another_timeline_is_broken(tmp_path: Path) -> None:
