@@ -25,7 +25,7 @@ from neon_services.safekeeper.connections import (
     aggregate_standby_feedback,
     standby_horizon,
 )
-from neon_services.safekeeper.control_file import ControlFile, PartialSegment
+from neon_services.safekeeper.control_file import FILE_NAME, ControlFile, PartialSegment
 from neon_services.safekeeper.offloaded_segment import bring_back
 from neon_services.safekeeper.remote_wal import RemoteWal
 from neon_services.safekeeper.timeline_storage import TimelineStorage
@@ -73,9 +73,8 @@ class Timeline(TimelineStorage):
     @classmethod
     def open(cls, node_id: int, directory: Path, *, sync: bool) -> "Timeline":
         """Load a timeline and find the end of its log. Raises OSError, CorruptionError."""
-        control = ControlFile.load(directory / "safekeeper.control")
-        timeline = cls(node_id, directory, control, sync=sync)
-        timeline.store.recover(control.acceptor.commit_lsn, offloaded_flush_lsn=control.offloaded_flush_lsn)
+        timeline = cls(node_id, directory, ControlFile.load(directory / FILE_NAME), sync=sync)
+        timeline.recover()
         timeline.removed_segment = timeline._find_removed_segment()
         return timeline
 

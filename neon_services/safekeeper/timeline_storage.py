@@ -40,9 +40,12 @@ class TimelineStorage:
     def load(cls, directory: Path, *, sync: bool = True, disk: Disk = REAL_DISK) -> Self:
         """Read the control file and find the end of the log. Raises OSError, CorruptionError."""
         storage = cls(directory, ControlFile.load(directory / FILE_NAME, disk=disk), sync=sync, disk=disk)
-        control = storage.control
-        storage.store.recover(control.acceptor.commit_lsn, offloaded_flush_lsn=control.offloaded_flush_lsn)
+        storage.recover()
         return storage
+
+    def recover(self) -> None:
+        """Find the end of the log; once, before anything else. Raises OSError."""
+        self.store.recover(self.control.acceptor.commit_lsn, offloaded_flush_lsn=self.control.offloaded_flush_lsn)
 
     @property
     def segment_size(self) -> int:

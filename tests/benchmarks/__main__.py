@@ -15,12 +15,8 @@ from pathlib import Path
 from neon_services.ground.ids import TimelineId
 from tests.benchmarks import pgbench
 from tests.benchmarks.stock import StockServer
+from tests.benchmarks.table import row
 from tests.integration.cluster import Cluster, Compute, make_directory, running_cluster
-
-
-def row(what: str, figure: str, target: str) -> None:
-    """Print one row."""
-    print(f"{what:<66} {figure:<44} target {target}", flush=True)
 
 
 def read_only(cluster: Cluster, compute: Compute, stock: StockServer, options: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from neon_services.protocols.safekeeper_messages import (
     pack_append_header,
     parse_acceptor_message,
 )
+from tests.benchmarks.table import row
 from tests.integration.cluster import http
 from tests.integration.safekeeper_support import Node, ScriptedProposer, new_ttid, running_fleet
 from tests.unit.safekeeper.walmaker import PG_VERSION, SYSTEM_ID, WalMaker
@@ -163,11 +164,6 @@ def stream(leader: Leader) -> tuple[float, list[int]]:
     seconds = time.perf_counter() - begun
     sender.join()
     return seconds, sizes
-
-
-def row(what: str, figure: str, target: str) -> None:
-    """One row of the table."""
-    print(f"{what:<66} {figure:<44} target {target}", flush=True)
 
 
 def idle_timelines(node: Node) -> None:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -486,3 +487,17 @@ def running_cluster(base: Path, **options: Any) -> Iterator[Cluster]:
         raise
     finally:
         cluster.close()
+
+
+@contextlib.contextmanager
+def temporary_cluster(prefix: str) -> Iterator[Cluster]:
+    """A running cluster in a directory of its own, removed at the end.
+
+    Not below pytest's directory: the services run as another user, who may not enter it.
+    """
+    with tempfile.TemporaryDirectory(prefix=prefix) as text:
+        base = Path(text)
+        base.chmod(0o755)
+        shutil.chown(base, USER, USER)
+        with running_cluster(base / "c") as running:
+            yield running

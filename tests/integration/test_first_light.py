@@ -3,17 +3,15 @@
 import contextlib
 import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from neon_services.ground.ids import TimelineId
 from neon_services.ground.lsn import parse_lsn
-from tests.integration.cluster import Cluster, Compute, http, running_cluster, wait_until
+from tests.integration.cluster import Cluster, Compute, http, temporary_cluster, wait_until
 from tests.integration.workload import AcknowledgedWriter, check_pgbench_invariants
 
 pytestmark = [pytest.mark.cluster, pytest.mark.postgres]
@@ -21,13 +19,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.postgres]
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    # not below pytest's own directory: the services run as another user, who may not enter it
-    with tempfile.TemporaryDirectory(prefix="neon-first-light-") as text:
-        base = Path(text)
-        base.chmod(0o755)
-        shutil.chown(base, "postgres", "postgres")
-        with running_cluster(base / "c") as running:
-            yield running
+    with temporary_cluster("neon-first-light-") as running:
+        yield running
 
 
 class Load:

@@ -1,27 +1,20 @@
 """Postgres's own WAL, with switched segments, goes to the bucket and reads the same from there."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from neon_services.ground.lsn import WAL_SEGMENT_SIZE, parse_lsn
-from tests.integration.cluster import Cluster, Safekeeper, http, running_cluster, wait_until
+from tests.integration.cluster import Cluster, Safekeeper, http, temporary_cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.postgres]
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    # not below pytest's own directory: the services run as another user, who may not enter it
-    with tempfile.TemporaryDirectory(prefix="neon-offload-") as text:
-        base = Path(text)
-        base.chmod(0o755)
-        shutil.chown(base, "postgres", "postgres")
-        with running_cluster(base / "c") as running:
-            yield running
+    with temporary_cluster("neon-offload-") as running:
+        yield running
 
 
 def local_segments(cluster: Cluster, safekeeper: Safekeeper) -> list[Path]:

@@ -9,18 +9,15 @@ the load differs).
 
 import os
 import random
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import Cluster, Compute, running_cluster, wait_until
+from tests.integration.cluster import Cluster, Compute, temporary_cluster, wait_until
 from tests.integration.histories import Clients
 from tests.integration.link_proxy import LinkProxy, Way, proxies
 
@@ -34,12 +31,8 @@ RECOVERY_S = 90.0
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="neon-torture-") as text:
-        base = Path(text)
-        base.chmod(0o755)
-        shutil.chown(base, "postgres", "postgres")
-        with running_cluster(base / "c") as running:
-            yield running
+    with temporary_cluster("neon-torture-") as running:
+        yield running
 
 
 class Nemesis:

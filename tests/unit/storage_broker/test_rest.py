@@ -19,21 +19,6 @@ from neon_services.storage_broker.server import BrokerConfig, BrokerServer
 from tests.unit.storage_broker.test_server import OTHER, TTID, metric, wait_for_metric
 
 
-@pytest.fixture
-async def broker() -> AsyncIterator[BrokerServer]:
-    server = BrokerServer(BrokerConfig("127.0.0.1", 0, timeline_chan_size=4, all_keys_chan_size=64))
-    await server.start()
-    yield server
-    await server.stop()
-
-
-@pytest.fixture
-async def client(broker: BrokerServer) -> AsyncIterator[BrokerClient]:
-    client = BrokerClient(f"http://127.0.0.1:{broker.port}")
-    yield client
-    await client.close()
-
-
 def info(ttid: TenantTimelineId, sk_id: int, commit_lsn: int, connstr: str = "a:1") -> Any:
     return bm.SafekeeperTimelineInfo(
         safekeeper_id=sk_id,

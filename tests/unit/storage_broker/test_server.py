@@ -17,21 +17,6 @@ TTID = TenantTimelineId(TenantId(b"t" * 16), TimelineId(b"l" * 16))
 OTHER = TenantTimelineId(TenantId(b"t" * 16), TimelineId(b"o" * 16))
 
 
-@pytest.fixture
-async def broker() -> AsyncIterator[BrokerServer]:
-    server = BrokerServer(BrokerConfig("127.0.0.1", 0, timeline_chan_size=4, all_keys_chan_size=64))
-    await server.start()
-    yield server
-    await server.stop()
-
-
-@pytest.fixture
-async def client(broker: BrokerServer) -> AsyncIterator[BrokerClient]:
-    client = BrokerClient(f"http://127.0.0.1:{broker.port}")
-    yield client
-    await client.close()
-
-
 class Subscription:
     """Collects a stream in the background; ``open`` once the broker has it."""
 
