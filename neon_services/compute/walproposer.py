@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 RING_RESERVE = 2 * 1024 * 1024
 RING_MAX = 4 * 1024 * 1024 * 1024
 LAZY_BYTES = 256 * 1024
+LAZY_MARGIN_S = 0.002  # differences below come from who had a processor
 COMMIT_BROADCAST_S = 0.003
 TICK_S = 0.1
 REATTACH_S = 0.2
@@ -286,7 +287,7 @@ class WalProposer:
             now_s = self._loop.time()
             lag_s = [link.lag_s(now_s) for link in self.links]
             slowest = max(range(len(lag_s)), key=lambda slot: (lag_s[slot], slot))
-            if before < 0 or lag_s[slowest] > 2 * lag_s[before]:
+            if before < 0 or lag_s[slowest] > 2 * lag_s[before] + LAZY_MARGIN_S:
                 self._lazy_slot = slowest
         if before >= 0 and self._lazy_slot != before:
             self.pump(before, now=True)

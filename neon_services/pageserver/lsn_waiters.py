@@ -3,6 +3,7 @@
 import asyncio
 import heapq
 import itertools
+from collections.abc import Callable
 
 from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import format_lsn
@@ -21,6 +22,8 @@ class LsnWaiters:
         self._sequence = itertools.count()
         self._closed: NeonError | None = None
         self._abandoned = 0  # waiters in the heap that gave up
+        #: Called when somebody begins to wait: who brings the LSN forward may be taking its time.
+        self.on_wait: Callable[[], None] = lambda: None
 
     @property
     def waiting(self) -> bool:
@@ -53,6 +56,7 @@ class LsnWaiters:
             raise self._closed
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._heap, (lsn, next(self._sequence), future))
+        self.on_wait()
         try:
             async with asyncio.timeout(timeout_s):
                 await future

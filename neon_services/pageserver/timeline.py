@@ -11,7 +11,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -430,6 +430,10 @@ class Timeline:
     def has_lsn_waiters(self) -> bool:
         """Whether somebody waits for WAL that has not been ingested."""
         return self._last_record.waiting
+
+    def notify_of_lsn_wait(self, callback: Callable[[], None]) -> None:
+        """From now on call this, and only this, when somebody begins to wait for WAL that has not been ingested."""
+        self._last_record.on_wait = callback
 
     async def get_many(self, key_hi: U64Array | Sequence[int], key_lo: U64Array | Sequence[int], lsn: int) -> list[Any]:
         """The values of keys at an LSN (``lsn <= last_record_lsn`` is the caller's business).

@@ -2,6 +2,9 @@
 
 Invariant: bytes are handed to the decoder in stream order without a gap, and feedback never claims more than the timeline has:
 ``last_received_lsn`` is its last record, ``remote_consistent_lsn`` only what may be forgotten by safekeepers.
+
+Speed: ingesting a batch costs about the same whatever its size, and a busy compute has few processors to spare. So a little
+WAL that follows another batch soon is left to become more, unless somebody waits for its LSN: a reader never notices.
 """
 
 import asyncio
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20  # decoded and ingested at a time: large enough for bulk work, a few milliseconds
 BUFFER_HIGH_BYTES = 8 << 20  # above, the socket is not read
+GATHER_S = 0.05  # the shortest time between two batches smaller than GATHER_BYTES
+GATHER_BYTES = 256 << 10
 
 _RECEIVED_BYTES = Counter("pageserver_wal_ingest_bytes_received", "Bytes of WAL received")
 _RECEIVED_RECORDS = Counter("pageserver_wal_ingest_records_received", "WAL records decoded")
@@ -44,6 +49,8 @@ class WalConnection:
         self._buffer = bytearray()
         self._received_until = 0
         self._wake = asyncio.Event()
+        self._due = asyncio.Event()  # what is in the buffer must be ingested now
+        self._ingested_at = -GATHER_S
         self._ended = False
         self._reply_wanted = False
         self._paused = False
@@ -123,6 +130,8 @@ class WalConnection:
         self.view.commit_lsn = message.wal_end_lsn
         self.last_message_lsn = self._received_until
         self.last_message_at_us = time.time_ns() // 1000
+        if len(self._buffer) >= GATHER_BYTES:
+            self._due.set()
         if len(self._buffer) > BUFFER_HIGH_BYTES and not self._paused:
             assert self._client is not None and self._client.transport is not None
             self._paused = True
@@ -135,18 +144,19 @@ class WalConnection:
         finally:
             self._ended = True
             self._wake.set()
+            self._due.set()
 
     # -- ingest
 
     async def _ingest_all(self, client: pgclient.PgClient, start: Lsn, end: "asyncio.Task[None]") -> None:
         decoder = WalDecoder(start, self._timeline.pg_version)
         ingest = WalIngest(self._timeline)
+        self._timeline.notify_of_lsn_wait(self._due.set)
         try:
             self._send_feedback(client)
             while True:
                 if not self._buffer:
                     if self._reply_wanted:
-                        self._reply_wanted = False
                         self._send_feedback(client)
                     if self._ended:
                         await end  # raises the reason unless the end is a plain one
@@ -154,6 +164,7 @@ class WalConnection:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
+                await self._gather()
                 chunk = bytes(self._buffer[:CHUNK_BYTES])
                 del self._buffer[: len(chunk)]
                 _RECEIVED_BYTES.inc(len(chunk))
@@ -162,10 +173,23 @@ class WalConnection:
                     await ingest.ingest(batch)
                     _RECEIVED_RECORDS.inc(len(batch.records))
                     self.progressed = True
+                self._ingested_at = time.monotonic()
                 self._send_feedback(client)
                 self._resume(client)
         finally:
             decoder.close()
+
+    async def _gather(self) -> None:
+        """Wait for more WAL, as long as the buffer is not due."""
+        rest_s = self._ingested_at + GATHER_S - time.monotonic()
+        self._due.clear()
+        if rest_s <= 0 or self._ended or len(self._buffer) >= GATHER_BYTES or self._timeline.has_lsn_waiters:
+            return
+        timer = asyncio.get_running_loop().call_later(rest_s, self._due.set)
+        try:
+            await self._due.wait()
+        finally:
+            timer.cancel()
 
     def _resume(self, client: pgclient.PgClient) -> None:
         if self._paused and len(self._buffer) < BUFFER_HIGH_BYTES // 2 and client.transport is not None and not client.closed:
@@ -176,6 +200,7 @@ class WalConnection:
 
     def _send_feedback(self, client: pgclient.PgClient) -> None:
         timeline = self._timeline
+        self._reply_wanted = False
         feedback = PageserverFeedback(
             current_timeline_size=Relations.of(timeline).logical_size or 0,
             last_received_lsn=Lsn(timeline.last_record_lsn),

@@ -2,12 +2,14 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from neon_services.ground.histogram import HotHistogram
+
 _FAST = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 _BYTES = (128, 512, 1024, 4096, 8192, 16384, 65536, 131072, 262144, 1048576)
 
-WRITE_WAL_BYTES = Histogram("safekeeper_write_wal_bytes", "Bytes of WAL written in one batch", buckets=_BYTES)
-WRITE_WAL_SECONDS = Histogram("safekeeper_write_wal_seconds", "Seconds of one write of WAL without sync", buckets=_FAST)
-FLUSH_WAL_SECONDS = Histogram("safekeeper_flush_wal_seconds", "Seconds of one durable write of WAL", buckets=_FAST)
+WRITE_WAL_BYTES = HotHistogram("safekeeper_write_wal_bytes", "Bytes of WAL written in one batch", buckets=_BYTES)
+WRITE_WAL_SECONDS = HotHistogram("safekeeper_write_wal_seconds", "Seconds of one write of WAL without sync", buckets=_FAST)
+FLUSH_WAL_SECONDS = HotHistogram("safekeeper_flush_wal_seconds", "Seconds of one durable write of WAL", buckets=_FAST)
 PERSIST_CONTROL_FILE_SECONDS = Histogram(
     "safekeeper_persist_control_file_seconds", "Seconds of one replacement of a control file", buckets=_FAST
 )

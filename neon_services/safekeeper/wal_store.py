@@ -192,39 +192,44 @@ class WalStore:
         if not self._pending:
             return
         views, self._pending = self._pending, []
-        first = lsn = self._write_lsn - self._pending_bytes
         count, self._pending_bytes = self._pending_bytes, 0
+        lsn = self._write_lsn - count
+        size = self._segment_size
         dsync = False
         started = time.perf_counter()
-        with self._disk_errors("writing the log"):
-            while views:
-                offset = lsn % self._segment_size
-                if self._segment != lsn // self._segment_size or self._descriptor is None:
-                    self._switch_segment(lsn // self._segment_size)
-                assert self._descriptor is not None
-                room = self._segment_size - offset
-                part, views = (views, []) if count <= room else _split(views, room)
-                length = min(count, room)
+        try:
+            left = count
+            while left:
+                offset = lsn % size
+                if self._segment != lsn // size or self._descriptor is None:
+                    self._switch_segment(lsn // size)
+                length = min(left, size - offset)
+                part, views = (views, []) if length == left else _split(views, length)
                 # RWF_DSYNC covers only these bytes, so earlier unsynced ones need a sync of the whole file
-                dsync = sync and not self._dirty and self._write_durably(part, offset)
+                dsync = sync and not self._dirty and self._write_durably(part, offset, length)
                 if not dsync:
-                    write_all(self._disk, self._descriptor, part, offset, 0)
+                    self._write_part(part, offset, length, 0)
                     self._dirty = True
                 lsn += length
-                count -= length
-                if lsn % self._segment_size == 0:
+                left -= length
+                if offset + length == size:
                     self._complete_segment()
-                elif lsn % self._segment_size > self._segment_size // 4:
+                elif offset + length > size // 4:
                     self.segments.prepare()
-        self.written_bytes += self._write_lsn - first
-        self._account(time.perf_counter() - started, dsync)
+        except OSError as error:
+            raise self._failed("writing the log", error) from error
+        self._account(count, time.perf_counter() - started, dsync)
 
-    def _write_durably(self, views: list[memoryview | bytes], offset: int) -> bool:
+    def _write_part(self, views: list[memoryview | bytes], offset: int, length: int, flags: int) -> None:
+        assert self._descriptor is not None
+        if len(views) > 1000 or self._disk.pwritev(self._descriptor, views, offset, flags) != length:
+            write_all(self._disk, self._descriptor, views, offset, flags)  # once more, from the beginning
+
+    def _write_durably(self, views: list[memoryview | bytes], offset: int, length: int) -> bool:
         """One write that is also the sync; False on a file system that cannot do that."""
         if self._can_dsync:
-            assert self._descriptor is not None
             try:
-                write_all(self._disk, self._descriptor, views, offset, os.RWF_DSYNC)
+                self._write_part(views, offset, length, os.RWF_DSYNC)
                 return True
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
@@ -232,7 +237,9 @@ class WalStore:
                 self._can_dsync = False
         return False
 
-    def _account(self, seconds: float, flushed: bool) -> None:
+    def _account(self, count: int, seconds: float, flushed: bool) -> None:
+        self.written_bytes += count
+        metrics.WRITE_WAL_BYTES.observe(count)
         if flushed:
             self.flush_seconds += seconds
             metrics.FLUSH_WAL_SECONDS.observe(seconds)
@@ -264,17 +271,20 @@ class WalStore:
 
     @contextlib.contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:
-        """A failed operation leaves the log as it was at flush_lsn, closed for writing."""
         try:
             yield
         except OSError as error:
-            self._must_truncate = self._distrusts_cache = True
-            self._pending.clear()
-            self._pending_bytes = 0
-            self._move_to(self._flush_lsn)
-            self._close()
-            metrics.WAL_DISK_IO_ERRORS.inc()
-            raise WalStoreError(f"{what} in {self.segments.path} failed: {error.strerror or error}") from error
+            raise self._failed(what, error) from error
+
+    def _failed(self, what: str, error: OSError) -> WalStoreError:
+        """A failed operation leaves the log as it was at flush_lsn, closed for writing."""
+        self._must_truncate = self._distrusts_cache = True
+        self._pending.clear()
+        self._pending_bytes = 0
+        self._move_to(self._flush_lsn)
+        self._close()
+        metrics.WAL_DISK_IO_ERRORS.inc()
+        return WalStoreError(f"{what} in {self.segments.path} failed: {error.strerror or error}")
 
     # -- cutting
 

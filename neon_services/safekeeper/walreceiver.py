@@ -71,23 +71,12 @@ class WalReceiver:
     def start(self) -> None:
         """Take over the connection's COPY stream."""
         self._connection.begin_copy_both()
-        batch_end = self._guard(self._on_batch_end)
-        self._connection.copy_sink = self._guard(self._on_message)
-        self._connection.copy_batch_end = lambda: batch_end(None)
-
-    def _guard(self, step: Callable[[memoryview | None], None]) -> Callable[[memoryview | None], None]:
-        """Any error ends this connection, and nothing else."""
-
-        def guarded(view: memoryview | None) -> None:
-            try:
-                step(view)
-            except (NeonError, OSError) as error:
-                metrics.PROPOSER_ACCEPTOR_MESSAGES.labels("error").inc()
-                self._fail(error)
-
-        return guarded
+        self._connection.copy_sink = self._on_message
+        self._connection.copy_batch_end = self._on_batch_end
 
     def _fail(self, error: NeonError | OSError) -> None:
+        """Any error ends this connection, and nothing else."""
+        metrics.PROPOSER_ACCEPTOR_MESSAGES.labels("error").inc()
         log.warning("proposer %s of %s: %s", self._connection.peer, self._ttid, error)
         self._save_written()
         if isinstance(error, TimelineNotFound) and not self._allow_creation:
@@ -107,9 +96,13 @@ class WalReceiver:
             except NeonError as error:
                 log.error("proposer %s of %s: %s", self._connection.peer, self._ttid, error)
 
-    def _on_message(self, view: memoryview | None) -> None:
-        assert view is not None
-        message = self._parse(view)
+    def _on_message(self, view: memoryview) -> None:
+        try:
+            self._handle(self._parse(view))
+        except (NeonError, OSError) as error:
+            self._fail(error)
+
+    def _handle(self, message: ProposerMessage) -> None:
         timeline = self._timeline
         if timeline is None:
             if not isinstance(message, ProposerGreeting):
@@ -153,15 +146,18 @@ class WalReceiver:
         timeline.on_change(timeline)
         return timeline
 
-    def _on_batch_end(self, _: memoryview | None) -> None:
+    def _on_batch_end(self) -> None:
         timeline = self._timeline
         self.heard_at = self._clock()
         if timeline is None or not self._wrote:
             return
         self._wrote = False
-        for reply in timeline.run(timeline.acceptor.flush_batch(self._state.proposer)):
-            self._connection.send_copy_data(self._pack(reply))
-        timeline.store.write_out()
+        try:
+            for reply in timeline.run(timeline.acceptor.flush_batch(self._state.proposer)):
+                self._connection.send_copy_data(self._pack(reply))
+            timeline.store.write_out()
+        except (NeonError, OSError) as error:
+            self._fail(error)
 
     def close(self) -> None:
         """The connection is gone: keep what it wrote."""

@@ -16,7 +16,7 @@ from neon_services.ground.http import ApiError
 from neon_services.ground.ids import TenantId, TimelineId
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn, skip_page_header
 from neon_services.ground.remote_storage import LocalFsStorage
-from neon_services.pageserver import keys, native_records
+from neon_services.pageserver import keys, native_records, wal_connection
 from neon_services.pageserver.bootstrap import bootstrap_timeline, initdb_archive_key
 from neon_services.pageserver.keys import RelTag
 from neon_services.pageserver.page_service import PageService
@@ -314,6 +314,10 @@ class _SafekeeperSession:
             connection.fail('ending streaming to Some("pageserver-7") at 0/0, receiver is caughtup', "00000")
             return
         while not connection.closed:
+            if (at := start + sent) < safekeeper.end:  # it has grown
+                part = safekeeper.wal[at - safekeeper.start :]
+                connection.send_copy_data(XLogData(Lsn(at), Lsn(safekeeper.end), 0, part).pack())
+                sent += len(part)
             connection.send_copy_data(Keepalive(Lsn(safekeeper.end), 0, True).pack())
             await asyncio.sleep(0.05)
 
@@ -412,6 +416,40 @@ async def test_an_idle_safekeeper_is_asked_for_when_somebody_waits(timeline: Tim
         await until(lambda: receiver.wal_source_connstr is None, "the end of the stream")
         await until(lambda: "not connected; candidates []" in receiver.status, "the safekeeper being forgotten")
         assert len(safekeeper.starts) == 1
+    finally:
+        await receiver.stop()
+        await safekeeper.server.stop()
+
+
+async def test_a_little_wal_is_left_to_become_more_unless_somebody_waits(
+    timeline: Timeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal_connection, "GATHER_S", 3600.0)
+    start, wal, ends = make_wal(timeline, 600)
+    broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal[: ends[0] - start])
+    await safekeeper.server.start("127.0.0.1", 0)
+    receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
+    receiver.start()
+
+    async def grow(end: int) -> None:
+        safekeeper.wal = wal[: end - start]
+        await until(lambda: receiver.last_received_msg_lsn == end, "the WAL at the pageserver")
+
+    try:
+        broker.announce(1, safekeeper.server.port, safekeeper.end)
+        await until(lambda: timeline.last_record_lsn == ends[0], "the first batch, at once")
+        await grow(ends[1])
+        await grow(ends[2])
+        assert timeline.last_record_lsn == ends[0]
+        await timeline.wait_lsn(ends[1], 20)
+        assert timeline.last_record_lsn == ends[2]
+        waiter = asyncio.create_task(timeline.wait_lsn(ends[3], 20))  # before the WAL is here
+        await grow(ends[3])
+        await waiter
+        await grow(ends[4])
+        assert timeline.last_record_lsn == ends[3]
+        await grow(ends[-1])  # more than is left lying
+        await until(lambda: timeline.last_record_lsn == ends[-1], "a large batch, without anybody waiting")
     finally:
         await receiver.stop()
         await safekeeper.server.stop()

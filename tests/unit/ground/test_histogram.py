@@ -1,0 +1,40 @@
+"""The histogram of hot paths looks like the library's own."""
+
+import random
+
+import prometheus_client
+import pytest
+from prometheus_client import CollectorRegistry
+
+from neon_services.ground.histogram import HotHistogram
+
+BOUNDS = (0.001, 0.01, 0.5, 1, 10)
+
+
+def exposition(registry: CollectorRegistry) -> list[str]:
+    lines = prometheus_client.generate_latest(registry).decode().splitlines()
+    return sorted(line for line in lines if "_created" not in line)
+
+
+def test_the_exposition_is_that_of_the_librarys_histogram() -> None:
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    hot = HotHistogram("some_seconds", "Seconds of something", BOUNDS, registry=ours)
+    library = prometheus_client.Histogram("some_seconds", "Seconds of something", buckets=BOUNDS, registry=theirs)
+    values = [*BOUNDS, 0, 11, *(random.Random(7).uniform(0, 12) for _ in range(200))]
+    for value in values:
+        hot.observe(value)
+        library.observe(value)
+    assert exposition(ours) == exposition(theirs)
+    assert any(line.startswith('some_seconds_bucket{le="+Inf"} 207') for line in exposition(ours))
+
+
+def test_a_name_is_taken_once() -> None:
+    registry = CollectorRegistry()
+    HotHistogram("some_seconds", "Seconds", BOUNDS, registry=registry)
+    with pytest.raises(ValueError, match="Duplicated"):
+        HotHistogram("some_seconds", "Seconds", BOUNDS, registry=registry)
+
+
+def test_disordered_buckets_are_refused() -> None:
+    with pytest.raises(ValueError, match="ascending"):
+        HotHistogram("some_seconds", "Seconds", (1, 0.5), registry=CollectorRegistry())

@@ -1,0 +1,137 @@
+"""A reader's stream: a pageserver gets what comes soon after the last sending together, a replica gets everything at once."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neon_services.consensus.acceptor import AcceptorState
+from neon_services.ground.errors import NeonError
+from neon_services.ground.lsn import Lsn
+from neon_services.protocols.feedback import PageserverFeedback
+from neon_services.protocols.replication_stream import StandbyStatus, XLogData, pack_pageserver_feedback, parse_sender_message
+from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP
+from neon_services.safekeeper import walsender
+from neon_services.safekeeper.timelines import Timelines
+from neon_services.safekeeper.walsender import WalSender
+from tests.unit.safekeeper.test_snapshot import SEGMENT, START, SmallLeader, append_all
+from tests.unit.safekeeper.test_timelines import TTID
+from tests.unit.safekeeper.walmaker import PG_VERSION, SYSTEM_ID, WalMaker
+
+
+class Reader:
+    """The connection of a reader that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.peer = "127.0.0.1:1"
+        self.copy_sink: Any = None
+        self.sender: WalSender
+        self.received: asyncio.Queue[XLogData] = asyncio.Queue()
+        self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def begin_copy_both(self) -> None:
+        pass
+
+    def write(self, data: bytes) -> None:
+        message = parse_sender_message(data[5:])
+        assert isinstance(message, XLogData)
+        self.received.put_nowait(message)
+
+    def send_copy_data(self, payload: bytes) -> None:
+        """Keepalives are of no interest."""
+
+    async def drain(self) -> None:
+        pass
+
+    async def next_copy_data(self) -> bytes | None:
+        await self._gone
+        return None
+
+    async def next(self) -> XLogData:
+        async with asyncio.timeout(5):
+            return await self.received.get()
+
+
+@pytest.fixture
+def leader(tmp_path: Path) -> Iterator[SmallLeader]:
+    timelines = Timelines(tmp_path, 1, sync=False)
+    state = AcceptorState.create(
+        NO_MEMBERSHIP, pg_version=PG_VERSION, system_id=SYSTEM_ID, wal_seg_size=SEGMENT, start_lsn=START
+    )
+    yield SmallLeader(timelines.create(TTID, state)).elect()
+    timelines.close()
+
+
+@pytest.fixture
+async def reader(leader: SmallLeader, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Reader]:
+    monkeypatch.setattr(walsender, "PAGESERVER_REST_S", 3600.0)
+    monkeypatch.setattr(walsender, "KEEPALIVE_INTERVAL_S", 3600.0)
+    made = Reader()
+    made.sender = WalSender(leader.timeline, made, "pageserver-1", None)  # type: ignore[arg-type]
+    task = asyncio.create_task(made.sender.run(START))
+    while made.copy_sink is None:
+        await asyncio.sleep(0)
+    yield made
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def commit(leader: SmallLeader, wal: WalMaker, end: int) -> None:
+    append_all(leader, wal, end)
+    leader.append(wal, end, end)  # an empty one that tells the commit
+
+
+async def test_a_pageserver_gets_the_first_news_at_once_and_the_next_together(leader: SmallLeader, reader: Reader) -> None:
+    wal = WalMaker(START, SEGMENT).records(60)
+    reader.copy_sink(memoryview(pack_pageserver_feedback(PageserverFeedback())))
+    commit(leader, wal, wal.record_ends[0])
+    first = await reader.next()
+    assert (first.start_lsn, len(first.data)) == (START, wal.record_ends[0] - START)
+    for end in wal.record_ends[1:50]:
+        commit(leader, wal, end)
+        await asyncio.sleep(0)
+    assert reader.received.empty()
+    reader.sender._end_rest()
+    together = await reader.next()
+    assert bytes(together.data) == wal.slice(wal.record_ends[0], wal.record_ends[49])
+    assert reader.received.empty()
+
+
+async def test_much_wal_does_not_wait(leader: SmallLeader, reader: Reader) -> None:
+    wal = WalMaker(START, SEGMENT).until(START + 300_000)
+    reader.copy_sink(memoryview(pack_pageserver_feedback(PageserverFeedback())))
+    commit(leader, wal, wal.record_ends[0])
+    await reader.next()
+    commit(leader, wal, wal.end)
+    assert (await reader.next()).start_lsn == wal.record_ends[0]
+
+
+async def test_a_replica_gets_every_commit_at_once(leader: SmallLeader, reader: Reader) -> None:
+    wal = WalMaker(START, SEGMENT).records(20)
+    reader.copy_sink(memoryview(StandbyStatus(START, START, START, 0).pack()))
+    position: int = START
+    for end in wal.record_ends:
+        commit(leader, wal, end)
+        message = await reader.next()
+        assert (message.start_lsn, len(message.data)) == (position, end - position)
+        position = end
+
+
+async def test_a_resting_stream_ends_at_once(leader: SmallLeader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walsender, "PAGESERVER_REST_S", 3600.0)
+    monkeypatch.setattr(walsender, "KEEPALIVE_INTERVAL_S", 3600.0)
+    wal = WalMaker(START, SEGMENT).records(2)
+    made = Reader()
+    made.fail = lambda text, sqlstate: None  # type: ignore[attr-defined]
+    task = asyncio.create_task(WalSender(leader.timeline, made, "pageserver-1", None).run(START))  # type: ignore[arg-type]
+    while made.copy_sink is None:
+        await asyncio.sleep(0)
+    made.copy_sink(memoryview(pack_pageserver_feedback(PageserverFeedback(last_received_lsn=Lsn(START)))))
+    commit(leader, wal, wal.record_ends[0])
+    await made.next()
+    leader.timeline.close("the timeline is being deleted")
+    with pytest.raises(NeonError, match="being deleted"):
+        async with asyncio.timeout(5):
+            await task
