@@ -204,15 +204,11 @@ class WalProposer:
     def pump(self, slot: int, *, now: bool = False) -> None:
         """Send this member the WAL that is due; ``now``: all there is, without waiting for answers or company."""
         ring, link = self.ring, self.links[slot]
-        if ring is None or link.feeding or not link.writable:
+        if ring is None:
             return
         sent_lsn = link.member.sent_lsn
         pending = ring.end - sent_lsn
         if pending <= 0:
-            return
-        if sent_lsn < ring.start:
-            link.feeding = True
-            self._spawn(link.feed())
             return
         if not now:
             if slot == self._lazy_slot:
@@ -221,6 +217,12 @@ class WalProposer:
                     return
             elif link.awaiting and pending < MAX_APPEND_BYTES:
                 return
+        if link.feeding or not link.writable:
+            return
+        if sent_lsn < ring.start:
+            link.feeding = True
+            self._spawn(link.feed())
+            return
         if link.send_wal(ring):
             self._loop.call_soon(self.pump, slot)
 

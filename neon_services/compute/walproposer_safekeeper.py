@@ -239,10 +239,9 @@ class SafekeeperLink:
         end = min(ring.end, member.sent_lsn + BURST_BYTES)
         pieces: list[bytes | memoryview] = []
         while (begin := member.sent_lsn) < end:
-            until = min(end, begin + MAX_APPEND_BYTES)
-            pieces.append(_COPY_DATA.pack(b"d", _APPEND_OVERHEAD + until - begin))
-            pieces.append(core.append_header(self.slot, Lsn(until)))
-            pieces.extend(ring.views(begin, Lsn(until)))
+            until = Lsn(min(end, begin + MAX_APPEND_BYTES))
+            pieces += (_COPY_DATA.pack(b"d", _APPEND_OVERHEAD + until - begin), core.append_header(self.slot, until))
+            pieces += ring.views(begin, until)
         client.write(b"".join(pieces))  # joined, hence copied: the transport may keep it, and the ring comes round
         self._mark_sent()
         return member.sent_lsn < ring.end

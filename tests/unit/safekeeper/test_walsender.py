@@ -28,11 +28,12 @@ class Reader:
         self.peer = "127.0.0.1:1"
         self.copy_sink: Any = None
         self.sender: WalSender
+        self.streaming = asyncio.Event()
         self.received: asyncio.Queue[XLogData] = asyncio.Queue()
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def begin_copy_both(self) -> None:
-        pass
+        self.streaming.set()
 
     def write(self, data: bytes) -> None:
         message = parse_sender_message(data[5:])
@@ -71,8 +72,7 @@ async def reader(leader: SmallLeader, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     made = Reader()
     made.sender = WalSender(leader.timeline, made, "pageserver-1", None)  # type: ignore[arg-type]
     task = asyncio.create_task(made.sender.run(START))
-    while made.copy_sink is None:
-        await asyncio.sleep(0)
+    await made.streaming.wait()
     yield made
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -126,8 +126,7 @@ async def test_a_resting_stream_ends_at_once(leader: SmallLeader, monkeypatch: p
     made = Reader()
     made.fail = lambda text, sqlstate: None  # type: ignore[attr-defined]
     task = asyncio.create_task(WalSender(leader.timeline, made, "pageserver-1", None).run(START))  # type: ignore[arg-type]
-    while made.copy_sink is None:
-        await asyncio.sleep(0)
+    await made.streaming.wait()
     made.copy_sink(memoryview(pack_pageserver_feedback(PageserverFeedback(last_received_lsn=Lsn(START)))))
     commit(leader, wal, wal.record_ends[0])
     await made.next()
