@@ -98,7 +98,7 @@ def main() -> int:
         base.chmod(0o755)
         make_directory(base / "stock")
         subprocess.run(["chown", "postgres:postgres", str(base)], check=True)
-        with running_cluster(base / "cluster") as cluster:
+        with running_cluster(base / "cluster", safekeeper_options=()) as cluster:
             compute = cluster.make_compute(max_connections="200", shared_buffers="128MB", max_wal_size="4GB")
             compute.start()
             pgbench.load(cluster.major, compute.port, options.scale)

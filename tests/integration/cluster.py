@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,7 +273,13 @@ class Cluster:
     """Broker, three safekeepers, a pageserver, and computes on demand."""
 
     def __init__(
-        self, base: Path, *, safekeepers: int = 3, remote_storage: str | None = None, major: int | None = None
+        self,
+        base: Path,
+        *,
+        safekeepers: int = 3,
+        remote_storage: str | None = None,
+        major: int | None = None,
+        safekeeper_options: Sequence[str] = ("--partial-backup-timeout", "5s"),
     ) -> None:
         self.base = base
         self.major = major or installed_major()
@@ -288,6 +294,7 @@ class Cluster:
             "broker", [str(SCRIPTS / "storage_broker"), "--listen-addr", f"127.0.0.1:{self.broker_port}"], base / "broker"
         )
         self.remote_storage = remote_storage or f"{{ local_path = '{base}/remote' }}"
+        self._safekeeper_options = safekeeper_options
         self.safekeepers = [self._make_safekeeper(i + 1) for i in range(safekeepers)]
         self.ps_pg_port, self.ps_http_port = free_port(), free_port()
         self.pageserver = Process(
@@ -307,7 +314,7 @@ class Cluster:
         argv += ["--listen-pg", f"127.0.0.1:{pg_port}", "--listen-http", f"127.0.0.1:{http_port}"]
         argv += ["--broker-endpoint", f"http://127.0.0.1:{self.broker_port}", "--availability-zone", f"az{node_id}"]
         remote = f"{{ local_path = '{self.base}/remote-wal' }}"
-        argv += ["--remote-storage", remote, "--partial-backup-timeout", "5s"]
+        argv += ["--remote-storage", remote, *self._safekeeper_options]
         return Safekeeper(node_id, pg_port, http_port, Process(f"safekeeper{node_id}", argv, directory))
 
     def write_pageserver_config(self) -> None:
