@@ -1,7 +1,7 @@
 """JSON web tokens of the storage services: who may do what, in Neon's shapes.
 
-A token is an Ed25519-signed JWT (``alg`` EdDSA) with the claims ``{"scope": ..., "tenant_id"?: hex, "exp"?: seconds}``. Keys are
-PEM public keys in one file or in a directory.
+A token is an Ed25519-signed JWT (``alg`` EdDSA) with the claims ``{"scope": ..., "tenant_id"?: hex, "exp"?: seconds}``.
+Keys are PEM public keys in one file or in a directory.
 
 Invariants: nothing of a token is looked at before its signature is known to be good, except the algorithm, which must be EdDSA;
 no error text contains a token or a part of one; a set of keys that cannot be read never replaces one that could.
