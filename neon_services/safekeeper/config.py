@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from neon_services.safekeeper.access import AccessConfig
+
 
 @dataclass(frozen=True)
 class OffloadConfig:
@@ -48,3 +50,4 @@ class SafekeeperConfig:
     max_timeline_disk_usage_bytes: int = 0
     max_global_disk_usage_ratio: float = 0.0
     global_disk_check_interval_s: float = 60.0
+    access: AccessConfig = field(default_factory=AccessConfig)
