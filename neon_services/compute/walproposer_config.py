@@ -85,7 +85,7 @@ def parse_conninfo_options(text: str) -> ClientTls:
     try:
         options = psycopg.conninfo.conninfo_to_dict(text)
     except psycopg.Error as error:
-        raise ConfigError(f"{what}: {text!r}: {str(error).strip()}") from None
+        raise ConfigError(f"{what}: {str(error).strip()}") from None
     mode, ca_file = options.pop("sslmode", None), options.pop("sslrootcert", None)
     if options:
         raise ConfigError(f"{what}: {min(options)} is not supported; known are sslmode and sslrootcert")

@@ -39,6 +39,11 @@ class Listeners:
         if access.listen_https is not None or access.enable_tls_wal_service_api:
             self._tls = ServerTls(access.ssl_key_file, access.ssl_cert_file)
             self._reloadable.append(self._tls)
+        if self._http_keys is None and access.peers().password() is not None:
+            log.warning(
+                "there is a token for other safekeepers and no --http-auth-public-key-path: whoever reaches the HTTP API can "
+                "have the token sent to any host, by pull_timeline"
+            )
         self._pg: list[PgServer] = []
         self._http: web.AppRunner | None = None
 

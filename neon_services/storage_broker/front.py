@@ -33,14 +33,18 @@ class _Leg(asyncio.Protocol):
         if self.other is not None and self.other.transport is not None:
             self.other.transport.write(data)
 
+    @property
+    def keeps_half_open(self) -> bool:
+        """Whether the other direction stays open at the end of one: yes, except with TLS."""
+        return self.transport is not None and self.transport.can_write_eof()
+
     def eof_received(self) -> bool:
         if self.other is not None and self.other.transport is not None and not self.other.transport.is_closing():
             if self.other.transport.can_write_eof():
                 self.other.transport.write_eof()
             else:
                 self.other.transport.close()  # after what is still to be sent
-        # the other direction stays open, except with TLS
-        return self.transport is not None and self.transport.can_write_eof()
+        return self.keeps_half_open
 
     def pause_writing(self) -> None:
         """This side's receiver is slow: stop reading from the other."""
@@ -98,7 +102,7 @@ class _Client(_Leg):
     def eof_received(self) -> bool:
         self._eof = True
         if self.other is None:
-            return self._connecting is not None  # without a choice there is nobody to answer
+            return self._connecting is not None and self.keeps_half_open  # without a choice there is nobody to answer
         return super().eof_received()
 
     async def _connect(self, path: Path) -> None:
