@@ -63,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--listen-http", default="127.0.0.1:7676", metavar="HOST:PORT", help="the HTTP API")
     add("--advertise-pg", metavar="HOST:PORT", help="where others reach the WAL service (default: --listen-pg)")
     add("--availability-zone", metavar="NAME")
+    add_access_options(add)
     add("-n", "--no-sync", action="store_true", help="never wait for the disk: WAL is not safe (for tests)")
     add("--dump-control-file", metavar="PATH", help="print a control file as JSON and exit")
     add("--broker-endpoint", default="http://127.0.0.1:50051", metavar="URL")
@@ -87,7 +88,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-timeline-disk-usage-bytes", type=int, default=0, metavar="BYTES", help="WAL of one timeline; 0: no limit")
     add("--max-global-disk-usage-ratio", type=float, default=0.0, metavar="RATIO", help="of the file system; 0: no limit")
     add("--global-disk-check-interval", default="60s", metavar="DURATION")
-    add_access_options(add)
     add("--log-format", choices=["plain", "json"], default="plain")
     add("--current-thread-runtime", action="store_true", help="always so here")
     add("--dev", action="store_true", help="accepted; changes nothing here")
@@ -154,6 +154,7 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         peer_recovery=arguments.peer_recovery == "true",
         sync=not arguments.no_sync,
         remote_storage=remote_storage,
+        access=read_access(arguments),
         offload=OffloadConfig(
             wal_backup=remote_storage is not None and not arguments.disable_wal_backup,
             backup_parallel_jobs=number("--wal-backup-parallel-jobs", 1),
@@ -169,7 +170,6 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         max_timeline_disk_usage_bytes=number("--max-timeline-disk-usage-bytes", 0),
         max_global_disk_usage_ratio=arguments.max_global_disk_usage_ratio,
         global_disk_check_interval_s=seconds("--global-disk-check-interval"),
-        access=read_access(arguments),
     )
 
 

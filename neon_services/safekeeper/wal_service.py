@@ -61,9 +61,9 @@ class WalServiceHandler:
 
     async def startup(self, message: pgwire.StartupMessage) -> None:
         """Remember which timeline the connection is about; commands that need none work without."""
+        self._claims = await self._access.admit(self._connection)
         self._options = message.options()
         self._appname = message.parameters.get("application_name") or None
-        self._claims = await self._access.admit(self._connection)
         if "protocol" in self._options and '"vanilla"' not in self._options["protocol"]:
             raise pgwire.ServerError("0A000", "the interpreted WAL protocol is not supported yet: use vanilla")
 
