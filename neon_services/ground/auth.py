@@ -26,6 +26,8 @@ from neon_services.ground.reload import Reloadable
 
 ALGORITHM = "EdDSA"
 MAX_TOKEN_BYTES = 8192
+#: For storage tokens; Neon's services allow the same.
+LEEWAY_S = 60.0
 MAX_KEY_FILE_BYTES = 64 * 1024
 
 _PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
@@ -88,13 +90,16 @@ class Claims:
             raise InvalidToken("the token's tenant_id is not an id of 32 hexadecimal digits") from None
 
 
-def verified_claims(token: str, keys: Sequence[Ed25519PublicKey]) -> dict[str, Any]:
-    """The claims of a token that one of the keys signed and that is valid now (``exp``, ``nbf``). Raises InvalidToken."""
+def verified_claims(token: str, keys: Sequence[Ed25519PublicKey], *, leeway_s: float = 0.0) -> dict[str, Any]:
+    """The claims of a token that one of the keys signed and that is valid now (``exp``, ``nbf``). Raises InvalidToken.
+
+    ``leeway_s`` is how far the clock of whoever signed it may be from ours.
+    """
     if len(token) > MAX_TOKEN_BYTES or not _COMPACT.fullmatch(token):
         raise InvalidToken("the token is not a signed JSON web token")
     for key in keys:
         try:
-            return jwt.decode(token, key, algorithms=[ALGORITHM], options=_OPTIONS)
+            return jwt.decode(token, key, algorithms=[ALGORITHM], options=_OPTIONS, leeway=leeway_s)
         except jwt.InvalidAlgorithmError:
             raise InvalidToken(f"the token is not signed with {ALGORITHM}") from None
         except jwt.InvalidSignatureError:
@@ -186,7 +191,7 @@ class KeyRing(Reloadable):
 
     def check(self, token: str) -> Claims:
         """The claims of a valid token. Raises InvalidToken."""
-        return Claims.from_json(verified_claims(token, self._keys))
+        return Claims.from_json(verified_claims(token, self._keys, leeway_s=LEEWAY_S))
 
 
 # -- tokens to present

@@ -56,8 +56,11 @@ class Reloadable:
 
 
 async def watch(items: Sequence[Reloadable], period_s: float) -> None:
-    """Reload all of them every so many seconds, until cancelled."""
+    """Reload all of them every so many seconds, until cancelled; whatever fails, the service goes on with what it has."""
     while True:
         await asyncio.sleep(period_s)
         for item in items:
-            await asyncio.to_thread(item.reload)
+            try:
+                await asyncio.to_thread(item.reload)
+            except Exception:
+                log.exception("reading keys or certificates again")

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from neon_services.ground.errors import NeonError
+from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.net import parse_endpoint
 from neon_services.ground.tls import ca_bundle, client_context
@@ -40,12 +40,32 @@ class BrokerClient:
         self._target = f"dns:///{parsed.netloc}"
         self._tls = parsed.tls
         self._ca_file = ca_file
+        self._authorities: bytes | None = None
+        self._closing: set[asyncio.Task[None]] = set()
         if self._tls and ca_file is not None:
             client_context(ca_file)  # grpc would find out when it connects, and not say what is wrong
         self._keepalive_interval_ms = keepalive_interval_ms
         self._channel: Any = None
 
+    def _follow_authorities(self) -> None:
+        """With another CA file comes another channel: this one would never trust a certificate of the new authority."""
+        if not self._tls or self._ca_file is None:
+            return
+        try:
+            authorities = ca_bundle(self._ca_file)
+        except ConfigError as error:
+            if self._channel is None:
+                raise BrokerError(f"broker {self.endpoint}: {error}") from error
+            return  # it is being replaced: the next call looks again
+        if authorities != self._authorities and self._channel is not None:
+            closing = asyncio.get_running_loop().create_task(self._channel.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            self._channel = None
+        self._authorities = authorities
+
     def _method(self, kind: str, name: str) -> Any:
+        self._follow_authorities()
         if self._channel is None:
             options = [
                 ("grpc.keepalive_time_ms", self._keepalive_interval_ms),
@@ -59,8 +79,7 @@ class BrokerClient:
                 ("grpc.use_local_subchannel_pool", 1),
             ]
             if self._tls:
-                authorities = None if self._ca_file is None else ca_bundle(self._ca_file)
-                credentials = grpc.ssl_channel_credentials(root_certificates=authorities)
+                credentials = grpc.ssl_channel_credentials(root_certificates=self._authorities)
                 self._channel = grpc.aio.secure_channel(self._target, credentials, options=options)
             else:
                 self._channel = grpc.aio.insecure_channel(self._target, options=options)
@@ -71,6 +90,7 @@ class BrokerClient:
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
+        await asyncio.gather(*self._closing)
 
     @contextlib.asynccontextmanager
     async def _errors(self, what: str) -> AsyncIterator[None]:

@@ -19,7 +19,7 @@ from neon_services.ground.lsn import Lsn
 from neon_services.ground.tls import ClientTls, SslMode
 from neon_services.protocols import broker_messages as bm
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration
-from neon_services.storage_broker.client import BrokerClient, BrokerError
+from neon_services.storage_broker.client import RETRY_INTERVAL_S, BrokerClient, BrokerError
 from tests.credentials import Authority
 from tests.integration.cluster import LIBRARIES, http
 from tests.integration.safekeeper_support import Node, new_ttid, read_stream, until
@@ -313,6 +313,38 @@ async def test_grpc_and_http_on_the_brokers_tls_port(fleet: SecureFleet, tmp_pat
         await client.close()
     await secure.close()
     await plain.close()
+
+
+async def publish_at_last(client: BrokerClient) -> None:
+    """As all users of the client do."""
+    while True:
+        try:
+            return await client.publish_one(info(new_ttid()))
+        except BrokerError:
+            await asyncio.sleep(RETRY_INTERVAL_S)
+
+
+async def test_another_authority_while_it_runs(fleet: SecureFleet, tmp_path: Path) -> None:
+    """The broker's certificate comes from a new authority: a client follows its CA file, and is never without one."""
+    port, old, new = fleet.broker_https_port, fleet.authority, Authority(tmp_path, "new")
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_bytes(old.ca_file.read_bytes())
+    client = BrokerClient(f"https://127.0.0.1:{port}", ca_file=ca_file)
+    await client.publish_one(info(new_ttid()))
+    ca_file.write_bytes(b"")  # half-way
+    await client.publish_one(info(new_ttid()))
+    ca_file.write_bytes(new.ca_file.read_bytes())
+    with pytest.raises(BrokerError):
+        await client.publish_one(info(new_ttid()))
+    serial = new.install(fleet.base)
+    try:
+        await until(lambda: serial_of_https(port, new) == serial, "the broker's certificate of the new authority")
+        async with asyncio.timeout(20):
+            await publish_at_last(client)
+    finally:
+        old.install(fleet.base)
+        await until(lambda: serial_of_https(port, old), "the broker's certificate of the old authority")
+    await client.close()
 
 
 async def test_the_brokers_certificate_is_renewed(fleet: SecureFleet) -> None:

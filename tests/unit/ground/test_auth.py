@@ -166,6 +166,16 @@ def test_key_files(tmp_path: Path) -> None:
         ring.check(TokenKey().token("admin"))
 
 
+def test_clocks_may_differ_a_little(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(KEY.public_pem)
+    ring, now = KeyRing(tmp_path / "key", "--x"), int(time.time())
+    for times in ({"exp": now - 30}, {"nbf": now + 30}):
+        assert ring.check(KEY.token("admin", **times)) == Claims(Scope.ADMIN)
+    for times in ({"exp": now - 90}, {"nbf": now + 90}):
+        with pytest.raises(InvalidToken):
+            ring.check(KEY.token("admin", **times))
+
+
 def test_what_is_no_key(tmp_path: Path) -> None:
     def complaint(content: bytes | None, name: str = "key.pem") -> str:
         path = tmp_path / name

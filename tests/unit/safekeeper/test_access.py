@@ -3,21 +3,25 @@
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from neon_services.ground.auth import KeyRing, Scope
 from neon_services.ground.errors import ConfigError
 from neon_services.ground.http import json_response, serve
-from neon_services.ground.ids import TenantId, TimelineId
+from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.safekeeper.access import AccessConfig, read_access
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.http_access import NEEDS, HttpAccess, Needs, needs
 from neon_services.safekeeper.http_api import HttpApi
+from neon_services.safekeeper.listeners import Listeners
 from neon_services.safekeeper.main import make_parser
 from neon_services.safekeeper.openapi import document
+from neon_services.safekeeper.peer_client import PeerError
 from neon_services.safekeeper.timelines import Timelines
 from tests.credentials import TokenKey
 
@@ -63,7 +67,7 @@ async def serving(tmp_path: Path, key: TokenKey) -> AsyncIterator[str]:
     access = HttpAccess(KeyRing(tmp_path / "key.pem", "--http-auth-public-key-path"))
     application = make_api(tmp_path).application(access)
 
-    async def forgotten(_: aiohttp.web.Request) -> aiohttp.web.Response:
+    async def forgotten(_: web.Request) -> web.Response:
         return json_response("the secret")
 
     application.router.add_get("/v1/forgotten", forgotten)
@@ -192,6 +196,65 @@ def test_the_document_tells_of_tokens(tmp_path: Path) -> None:
             closed = needs(method.upper(), path) is not Needs.NOTHING
             assert operation["security"] == ([{"token": []}] if closed else [])
             assert ({"401", "403"} <= set(operation["responses"])) is closed
+
+
+async def test_a_token_that_anybody_could_have_sent_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = SafekeeperConfig(tmp_path, 1, ("127.0.0.1", 1), ("127.0.0.1", 2), "x", "y")
+    (tmp_path / "key.pem").write_bytes(TokenKey().public_pem)
+    closed = replace(plain, access=AccessConfig(http_auth_public_key_path=tmp_path / "key.pem"))
+    monkeypatch.delenv("SAFEKEEPER_AUTH_TOKEN", raising=False)
+    Listeners(plain)
+    monkeypatch.setenv("SAFEKEEPER_AUTH_TOKEN", "the.secret.token")
+    Listeners(closed)
+    assert not caplog.records
+    Listeners(plain)
+    assert "whoever reaches the HTTP API" in caplog.text and "secret" not in caplog.text
+
+
+async def test_a_token_goes_to_the_safekeeper_and_to_nobody_else(tmp_path: Path) -> None:
+    """Not to where a safekeeper redirects, not to others that are asked in the same session; and it is read anew."""
+    seen: list[tuple[str, str | None]] = []
+
+    async def other(request: web.Request) -> web.Response:
+        seen.append(("other", request.headers.get("Authorization")))
+        return json_response("hello")
+
+    async def redirect(request: web.Request) -> web.Response:
+        seen.append(("first", request.headers.get("Authorization")))
+        raise web.HTTPFound(f"http://127.0.0.1:{ports[1]}/")
+
+    runners, ports = [], []
+    for handler in (redirect, other):
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", handler)
+        runners.append(await serve(application, "127.0.0.1", 0))
+        ports.append(runners[-1].addresses[0][1])
+    (tmp_path / "token").write_text("one\n")
+    access = AccessConfig(auth_token_path=tmp_path / "token").peers()
+    ttid = TenantTimelineId(TENANT, TIMELINE)
+    try:
+        async with access.session() as session:
+            for expected in ("one", "two"):
+                (tmp_path / "token").write_text(expected)
+                client = access.client(session, f"http://127.0.0.1:{ports[0]}")
+                with pytest.raises(PeerError, match="302") as failure:
+                    await client.status(ttid)
+                assert failure.value.status == 302
+                with pytest.raises(PeerError, match="302"):
+                    await anext(client.snapshot(ttid, 7))
+                assert seen == [("first", f"Bearer {expected}")] * 2
+                seen.clear()
+            async with session.get(f"http://127.0.0.1:{ports[1]}/") as found:
+                assert found.status == 200
+            assert seen == [("other", None)]
+            (tmp_path / "token").unlink()
+            with pytest.raises(PeerError, match=str(tmp_path / "token")):
+                access.client(session, "http://127.0.0.1:1")
+    finally:
+        for runner in runners:
+            await runner.cleanup()
 
 
 # -- options
