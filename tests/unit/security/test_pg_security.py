@@ -17,6 +17,7 @@ from neon_services.protocols import pgclient, pgserver, pgwire
 from neon_services.protocols.pgserver import PgServer, ServerConnection
 from tests.credentials import Authority
 
+CHUNK, CHUNKS = 64 << 10, 1000
 SSL_REQUEST = struct.pack("!ii", 8, pgwire.SSL_REQUEST)
 
 
@@ -27,13 +28,28 @@ class Handler:
         self._connection = connection
         self._password = password
         self.lost = 0
+        self.sent = 0
+        self.blocked = asyncio.Event()
 
     async def startup(self, message: pgwire.StartupMessage) -> None:
         if self._password is not None and await self._connection.ask_password() != self._password:
             raise pgwire.ServerError("28P01", "wrong password", "FATAL")
 
     async def query(self, connection: ServerConnection, sql: str) -> None:
+        if sql == "stream":
+            await self._stream(connection)
+            return
         connection.send_rows([("x", pgwire.TEXT_OID)], [[sql * 10_000 if len(sql) == 1 else str(len(sql))]])
+
+    async def _stream(self, connection: ServerConnection) -> None:
+        connection.begin_copy_out()
+        for number in range(CHUNKS):
+            connection.send_copy_data(bytes([number % 256]) * CHUNK)
+            self.sent += CHUNK
+            if not connection._writable.is_set():
+                self.blocked.set()
+            await connection.drain()
+        connection.end_copy_out()
 
     def connection_lost(self) -> None:
         self.lost += 1
@@ -241,6 +257,34 @@ async def test_a_client_takes_nothing_but_one_byte(answer: bytes) -> None:
             await pgclient.connect("127.0.0.1", server.sockets[0].getsockname()[1], tls=ClientTls(), timeout=5)
     finally:
         server.close()
+
+
+async def test_a_slow_reader_holds_the_writer_back(authority: Authority, tls: ServerTls) -> None:
+    async with serving(tls) as server:
+        client = await pgclient.connect("127.0.0.1", server.server.port, tls=ClientTls(SslMode.REQUIRE, authority.ca_file))
+        pieces = client.copy_out("stream")
+        received = [await anext(pieces)]  # and then nothing is taken: the client's queue fills, and it stops reading
+        handler = server.handlers[0]
+        await asyncio.wait_for(handler.blocked.wait(), 20)
+        assert handler.sent < CHUNK * CHUNKS
+        async for piece in pieces:
+            received.append(piece)
+        assert b"".join(received) == b"".join(bytes([number % 256]) * CHUNK for number in range(CHUNKS))
+        client.abort()
+
+
+async def test_clients_that_leave_during_the_handshake(tls: ServerTls) -> None:
+    async with serving(tls) as server:
+        for first in (b"", b"\x16\x03\x01", b"\x16\x03\x01\x02\x00" + b"\x01" * 100):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.server.port)
+            writer.write(SSL_REQUEST)
+            assert await reader.readexactly(1) == b"S"
+            writer.write(first)
+            writer.close()
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(connection.lost for connection in set(server.server._connections)))
+        assert server.open == 0
+        assert [handler.lost for handler in server.handlers] == [1, 1, 1]
 
 
 async def test_stopping_in_the_middle_of_a_handshake(tls: ServerTls) -> None:
