@@ -85,11 +85,12 @@ class ServerConnection(FrameConnection):
         self._task = asyncio.get_running_loop().create_task(self._serve(startup))
 
     def on_message(self, tag: int, body: memoryview) -> None:
-        if tag == _COPY_DATA:
-            if self.copy_sink is not None:
-                self.copy_sink(body)
-            else:
-                self.enqueue(tag, body)
+        if tag == _COPY_DATA and self.copy_sink is not None:
+            self.copy_sink(body)
+        elif self._password is not None and tag != _TERMINATE:
+            self._take_password(tag, body)
+        elif tag == _COPY_DATA:
+            self.enqueue(tag, body)
         elif tag == _QUERY:
             try:
                 self._pending.put_nowait(pgwire.cstring(body))
@@ -101,11 +102,14 @@ class ServerConnection(FrameConnection):
             self.enqueue(tag, body)
         elif tag == _SYNC:
             self.write(pgwire.READY_FOR_QUERY)
-        elif tag == _PASSWORD and self._password is not None and not self._password.done():
-            self._max_message_bytes = pgwire.MAX_MESSAGE_BYTES
-            self._password.set_result(pgwire.cstring(body))
         else:
             raise ProtocolViolation(f"unexpected message {chr(tag)!r}: only simple queries and COPY are served here")
+
+    def _take_password(self, tag: int, body: memoryview) -> None:
+        assert self._password is not None
+        if tag != _PASSWORD or self._password.done():
+            raise ProtocolViolation(f"unexpected message {chr(tag)!r}: a password was asked for, and nothing else")
+        self._password.set_result(pgwire.cstring(body))
 
     def on_batch_end(self) -> None:
         if self.copy_batch_end is not None:
@@ -181,6 +185,7 @@ class ServerConnection(FrameConnection):
             raise pgwire.ServerError("57014", f"no password within {PASSWORD_TIMEOUT_S:.0f} s", "FATAL") from None
         finally:
             self._password = None
+            self._max_message_bytes = pgwire.MAX_MESSAGE_BYTES
 
     async def _serve(self, startup: pgwire.StartupMessage) -> None:
         try:

@@ -145,8 +145,17 @@ async def test_nothing_is_done_for_strangers(monkeypatch: pytest.MonkeyPatch) ->
         # a query before the password, with it, and instead of it
         both = await dialogue(port, startup + pgwire.query("x"), pgwire.password_message("wrong"), answer=question)
         assert b"wrong password" in both and b"xxxx" not in both
-        asked = await dialogue(port, startup, pgwire.query("x") + pgwire.password_message("wrong"), answer=question)
-        assert b"wrong password" in asked and b"xxxx" not in asked
+        for message in (
+            pgwire.query("x"),
+            pgwire.message(b"S"),
+            pgwire.copy_data(b"x"),
+            pgwire.COPY_DONE,
+            pgwire.message(b"F"),
+        ):
+            asked = await dialogue(port, startup, message + pgwire.password_message("secret"), answer=question)
+            assert b"a password was asked for, and nothing else" in asked
+            assert b"xxxx" not in asked and pgwire.READY_FOR_QUERY not in asked and pgwire.AUTHENTICATION_OK not in asked
+        assert await dialogue(port, startup, pgwire.TERMINATE, answer=question) == pgwire.AUTHENTICATION_CLEARTEXT
         huge = await dialogue(port, startup, b"p" + struct.pack("!i", 20_000), answer=question)
         assert b"impossible length" in huge
         huge = await dialogue(port, startup, b"d" + struct.pack("!i", 60_000_000), answer=question)
