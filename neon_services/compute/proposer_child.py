@@ -43,8 +43,10 @@ def config_of(spec: ComputeSpec, pg_version: int) -> dict[str, Any]:
         if value is not None:
             what = f"spec.cluster.settings: {setting}"
             timeouts[key] = int(value) if value.isdecimal() else parse_duration_ms(value, what=what)
+    conninfo = spec.setting("neon.safekeeper_conninfo_options")
     return {
         **timeouts,
+        **({"safekeeper_conninfo_options": conninfo} if conninfo else {}),
         "tenant_id": str(spec.ttid.tenant_id),
         "timeline_id": str(spec.ttid.timeline_id),
         "safekeepers": list(spec.safekeepers),

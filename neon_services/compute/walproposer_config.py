@@ -1,15 +1,19 @@
 """The walproposer's configuration file: one JSON object written by compute_ctl or by an operator."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psycopg
+import psycopg.conninfo
 
 from neon_services.consensus.proposer import ProposerConfig
 from neon_services.ground.errors import ConfigError
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import WAL_SEGMENT_SIZE, Lsn, parse_lsn
 from neon_services.ground.net import parse_host_port
+from neon_services.ground.tls import ClientTls, SslMode
 from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP, MembershipConfiguration
 
 MAX_SAFEKEEPERS = 31
@@ -27,6 +31,7 @@ KNOWN = {
     "connect_timeout_ms",
     "lazy_ms",
     "ring_mb",
+    "safekeeper_conninfo_options",
 }
 
 
@@ -48,6 +53,8 @@ class WalProposerConfig:
     #: How late the member that the quorum does not need may get small appends; 0 = never late.
     lazy_s: float
     ring_bytes: int
+    #: How connections to safekeepers are protected: ``sslmode`` and ``sslrootcert`` of safekeeper_conninfo_options.
+    tls: ClientTls = field(default_factory=ClientTls)
 
     def proposer(self) -> ProposerConfig:
         """What the state machine needs of it."""
@@ -70,6 +77,21 @@ def _number(value: dict[str, Any], name: str, low: int, high: int, default: int 
     if not isinstance(found, int) or isinstance(found, bool) or not low <= found <= high:
         raise ConfigError(f"walproposer config: {name} is a number from {low} to {high}, not {found!r}")
     return found
+
+
+def parse_conninfo_options(text: str) -> ClientTls:
+    """What Neon's setting neon.safekeeper_conninfo_options says, as far as it is about TLS. Raises ConfigError for the rest."""
+    what = "safekeeper_conninfo_options"
+    try:
+        options = psycopg.conninfo.conninfo_to_dict(text)
+    except psycopg.Error as error:
+        raise ConfigError(f"{what}: {str(error).strip()}") from None
+    mode, ca_file = options.pop("sslmode", None), options.pop("sslrootcert", None)
+    if options:
+        raise ConfigError(f"{what}: {min(options)} is not supported; known are sslmode and sslrootcert")
+    tls = ClientTls.parse(str(mode or SslMode.PREFER), None if ca_file in (None, "system") else Path(str(ca_file)), what=what)
+    tls.context()  # now, and not when the first connection is made
+    return tls
 
 
 def parse_config(value: Any) -> WalProposerConfig:
@@ -105,6 +127,7 @@ def parse_config(value: Any) -> WalProposerConfig:
         connect_timeout_s=_number(value, "connect_timeout_ms", 100, 600_000, 10_000) / 1000,
         lazy_s=_number(value, "lazy_ms", 0, 1000, 10 if one_host else 0) / 1000,
         ring_bytes=_number(value, "ring_mb", 8, 4096, 32) << 20,
+        tls=parse_conninfo_options(str(value.get("safekeeper_conninfo_options") or "")),
     )
 
 

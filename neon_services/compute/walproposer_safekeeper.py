@@ -147,7 +147,13 @@ class SafekeeperLink:
         }
         token = os.environ.get("NEON_AUTH_TOKEN")
         client = await pgclient.connect(
-            self.host, self.port, parameters=parameters, password=token, timeout=config.connect_timeout_s, factory=_Client
+            self.host,
+            self.port,
+            parameters=parameters,
+            password=token,
+            timeout=config.connect_timeout_s,
+            factory=_Client,
+            tls=config.tls,
         )
         assert isinstance(client, _Client)
         try:
@@ -294,7 +300,9 @@ class SafekeeperLink:
             "options": f"-c timeline_id={ttid.timeline_id} tenant_id={ttid.tenant_id}",
         }
         token = os.environ.get("NEON_AUTH_TOKEN")
-        source = await pgclient.connect(host, port, parameters=parameters, password=token, timeout=config.connect_timeout_s)
+        source = await pgclient.connect(
+            host, port, parameters=parameters, password=token, timeout=config.connect_timeout_s, tls=config.tls
+        )
         try:
             start = format_lsn(member.sent_lsn)
             log.info("safekeeper %s: catching up from %s:%d at %s", self, host, port, start)

@@ -12,6 +12,7 @@ import prometheus_client
 from aiohttp import web
 
 from neon_services.ground.errors import ConfigError, NeonError
+from neon_services.ground.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -108,3 +109,8 @@ async def serve(application: web.Application, host: str, port: int) -> web.AppRu
     await runner.setup()
     await web.TCPSite(runner, host, port, reuse_address=True).start()
     return runner
+
+
+async def serve_tls(runner: web.AppRunner, host: str, port: int, tls: ServerTls) -> None:
+    """Let a running server listen with TLS as well. Raises OSError when the port is taken."""
+    await web.TCPSite(runner, host, port, reuse_address=True, ssl_context=tls.listening).start()

@@ -1,5 +1,7 @@
 """Network addresses as Neon's options write them: ``host:port``, ``[v6]:port``, URLs."""
 
+from dataclasses import dataclass
+
 from neon_services.ground.errors import ConfigError
 
 
@@ -14,8 +16,30 @@ def parse_host_port(text: str, *, what: str, default_port: int | None = None) ->
     return host, int(port)
 
 
-def parse_http_endpoint(text: str, *, what: str) -> tuple[str, int]:
-    """Split ``http://host:port[/]``. Raises ConfigError naming the option and the text; TLS comes in a later version."""
-    if text.startswith("https://"):
-        raise ConfigError(f"{what}: {text!r}: https is not supported yet; use http://HOST:PORT")
-    return parse_host_port(text.removeprefix("http://").rstrip("/"), what=what)
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where an HTTP or gRPC service is reached."""
+
+    host: str
+    port: int
+    tls: bool = False
+
+    @property
+    def netloc(self) -> str:
+        """``host:port``, with brackets around an IPv6 address."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The URL without a path."""
+        return f"{'https' if self.tls else 'http'}://{self.netloc}"
+
+
+def parse_endpoint(text: str, *, what: str) -> Endpoint:
+    """Read ``http://host:port``, ``https://host:port`` or ``host:port``. Raises ConfigError naming the option and the text."""
+    tls = text.startswith("https://")
+    try:
+        host, port = parse_host_port(text.removeprefix("https://" if tls else "http://").rstrip("/"), what=what)
+    except ConfigError:
+        raise ConfigError(f"{what}: {text!r} is not http://HOST:PORT or https://HOST:PORT") from None
+    return Endpoint(host, port, tls)

@@ -56,7 +56,7 @@ class PageserverNode:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.remote = open_remote_storage(settings.remote_storage)
-        self.broker = BrokerClient(settings.broker_endpoint)
+        self.broker = BrokerClient(settings.broker_endpoint, ca_file=settings.ssl_ca_file)
         self.environment = LayerEnvironment(
             BlockCache(settings.page_cache_bytes),
             ThreadPoolExecutor(_LAYER_THREADS, thread_name_prefix="layers"),
@@ -202,7 +202,8 @@ class PageserverNode:
 
     def activated(self, timeline: Timeline) -> None:
         """Start receiving WAL."""
-        receiver = WalReceiver(timeline, self.broker, self.settings.node_id, self.settings.availability_zone)
+        settings = self.settings
+        receiver = WalReceiver(timeline, self.broker, settings.node_id, settings.availability_zone, tls=settings.safekeeper_tls)
         self._receivers[timeline] = receiver
         receiver.start()
 

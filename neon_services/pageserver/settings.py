@@ -14,6 +14,7 @@ import tomli
 
 from neon_services.ground.errors import ConfigError
 from neon_services.ground.net import parse_host_port
+from neon_services.ground.tls import ClientTls, SslMode
 from neon_services.pageserver.location_config import check_tenant_conf, parse_duration
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ DEFAULT_PG_DISTRIB_DIR = "/usr/lib/postgresql"
 
 #: Keys of Neon's pageserver.toml that are accepted and mean nothing here (yet).
 _ACCEPTED_TEXT = (
-    "listen_https_addr listen_grpc_addr ssl_key_file ssl_cert_file ssl_cert_reload_period ssl_ca_file"
+    "listen_https_addr listen_grpc_addr ssl_key_file ssl_cert_file ssl_cert_reload_period"
     " enable_tls_page_service_api broker_keepalive_interval grpc_auth_type page_cache_size_index max_file_descriptors"
     " virtual_file_io_engine virtual_file_io_mode concurrent_tenant_warmup concurrent_tenant_size_logical_size_queries"
     " metric_collection_endpoint metric_collection_interval metric_collection_bucket synthetic_size_calculation_interval"
@@ -49,6 +50,10 @@ class Settings:
     listen_pg: tuple[str, int]
     listen_http: tuple[str, int]
     broker_endpoint: str
+    #: Authorities for the broker's and the safekeepers' certificates; None: the system's.
+    ssl_ca_file: Path | None
+    #: How connections to safekeepers are protected.
+    safekeeper_tls: ClientTls
     pg_distrib_dir: Path
     remote_storage: dict[str, Any]
     control_plane_api: str | None
@@ -128,6 +133,9 @@ def load_settings(workdir: Path) -> Settings:
     for key in ("http_auth_type", "pg_auth_type"):
         if table.text(key, "Trust") != "Trust":
             raise ConfigError(f"{table.path}: {key}: only 'Trust' is supported")
+    ca_text = table.text("ssl_ca_file")
+    ca_file = workdir / ca_text if ca_text else None
+    sslmode = table.text("safekeeper_sslmode", SslMode.PREFER)
     cache_pages = table.get("page_cache_size", int, "a number of 8 KiB pages", 8192)
     distrib = table.text("pg_distrib_dir", DEFAULT_PG_DISTRIB_DIR)
     log_format = table.text("log_format", "plain")
@@ -141,6 +149,8 @@ def load_settings(workdir: Path) -> Settings:
             table.text("listen_http_addr", DEFAULT_HTTP_LISTEN), what=f"{table.path}: listen_http_addr"
         ),
         broker_endpoint=table.text("broker_endpoint", DEFAULT_BROKER),
+        ssl_ca_file=ca_file,
+        safekeeper_tls=ClientTls.parse(sslmode, ca_file, what=f"{table.path}: safekeeper_sslmode"),
         pg_distrib_dir=Path(distrib),
         remote_storage=remote,
         control_plane_api=api,

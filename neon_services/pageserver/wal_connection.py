@@ -18,6 +18,7 @@ from neon_services.ground.errors import ProtocolViolation
 from neon_services.ground.lsn import Lsn, align_lsn, format_lsn, skip_page_header
 from neon_services.ground.net import parse_host_port
 from neon_services.ground.pgtime import to_postgres_us
+from neon_services.ground.tls import ClientTls
 from neon_services.pageserver.ingest import WalIngest
 from neon_services.pageserver.relations import Relations
 from neon_services.pageserver.timeline import Timeline
@@ -41,8 +42,17 @@ _RECEIVED_RECORDS = Counter("pageserver_wal_ingest_records_received", "WAL recor
 class WalConnection:
     """Streams from one safekeeper until it ends, fails or is cancelled."""
 
-    def __init__(self, timeline: Timeline, candidate: Candidate, node_id: int, availability_zone: str | None) -> None:
+    def __init__(
+        self,
+        timeline: Timeline,
+        candidate: Candidate,
+        node_id: int,
+        availability_zone: str | None,
+        *,
+        tls: ClientTls | None = None,
+    ) -> None:
         self._timeline = timeline
+        self._tls = tls
         self._candidate = candidate
         self._node_id = node_id
         self._availability_zone = availability_zone
@@ -74,7 +84,7 @@ class WalConnection:
         """
         host, port = parse_host_port(self._candidate.connstr, what=f"address of safekeeper {self._candidate.safekeeper_id}")
         client = self._client = await pgclient.connect(
-            host, port, parameters=self._parameters(), password=os.environ.get("NEON_AUTH_TOKEN")
+            host, port, parameters=self._parameters(), password=os.environ.get("NEON_AUTH_TOKEN"), tls=self._tls
         )
         try:
             rows = await client.query("IDENTIFY_SYSTEM")

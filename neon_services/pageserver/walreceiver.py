@@ -14,6 +14,7 @@ from prometheus_client import Counter
 from neon_services.ground.errors import Cancelled, NeonError, ProtocolViolation
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import format_lsn
+from neon_services.ground.tls import ClientTls
 from neon_services.pageserver.relations import Relations
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.wal_candidates import Candidates, Rules
@@ -36,10 +37,19 @@ _UPDATES = Counter("pageserver_walreceiver_broker_updates", "Messages from the b
 class WalReceiver:
     """Receives the WAL of one timeline. Make it when the timeline is active, ``await stop()`` before that ends."""
 
-    def __init__(self, timeline: Timeline, broker: BrokerClient, node_id: int, availability_zone: str | None = None) -> None:
+    def __init__(
+        self,
+        timeline: Timeline,
+        broker: BrokerClient,
+        node_id: int,
+        availability_zone: str | None = None,
+        *,
+        tls: ClientTls | None = None,
+    ) -> None:
         self._timeline = timeline
         self._ttid = TenantTimelineId(timeline.tenant_id, timeline.timeline_id)
         self._broker = broker
+        self._tls = tls
         self._node_id = node_id
         self._availability_zone = availability_zone
         self._candidates = Candidates()
@@ -175,7 +185,7 @@ class WalReceiver:
         candidate = self._candidates.choose(now, rules)
         if candidate is None:
             return
-        connection = WalConnection(self._timeline, candidate, self._node_id, self._availability_zone)
+        connection = WalConnection(self._timeline, candidate, self._node_id, self._availability_zone, tls=self._tls)
         self._connection = self._last_connection = connection
         _STARTED.inc()
         loop = asyncio.get_running_loop()

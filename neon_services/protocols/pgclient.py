@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import ssl
+import struct
 from collections.abc import AsyncIterator, Callable
 
-from neon_services.ground.errors import NeonError, ProtocolViolation
+from neon_services.ground.errors import ConfigError, NeonError, ProtocolViolation
+from neon_services.ground.tls import HANDSHAKE_TIMEOUT_S, ClientTls, SslMode
 from neon_services.protocols import pgwire
 from neon_services.protocols.pgframe import FrameConnection
 
@@ -151,6 +154,68 @@ class PgClient(FrameConnection):
         self.write(pgwire.copy_data(payload))
 
 
+class _Answer(asyncio.Protocol):
+    """Waits for the one byte with which a server answers the request for TLS."""
+
+    def __init__(self) -> None:
+        self.byte: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
+        self.transport.write(struct.pack("!ii", 8, pgwire.SSL_REQUEST))
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.pause_reading()  # what comes now is for somebody else
+        if not self.byte.done():
+            self.byte.set_result(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.byte.done():
+            self.byte.set_exception(error or ConnectionResetError("the server closed the connection when asked for TLS"))
+
+
+async def _connect_tls(host: str, port: int, factory: Callable[[], PgClient], tls: ClientTls) -> PgClient:
+    loop = asyncio.get_running_loop()
+    try:
+        context = tls.context()
+    except ConfigError as error:
+        raise NeonError(str(error)) from error  # it may be mended while we run: the caller tries again
+    transport, answer = await loop.create_connection(_Answer, host, port)
+    try:
+        byte = await answer.byte
+        client = factory()
+        if byte == b"S":
+            secure = await _secured(transport, client, context, host, port)
+            client.connection_made(secure)
+        elif byte == b"N" and not tls.required:
+            transport.set_protocol(client)
+            client.connection_made(transport)
+            transport.resume_reading()
+        elif byte == b"N":
+            raise NeonError(f"server {host}:{port} does not speak TLS, and sslmode is {tls.mode}")
+        else:
+            raise ProtocolViolation(f"server {host}:{port} answers the request for TLS with {byte[:20]!r}")
+    except BaseException:
+        transport.abort()
+        raise
+    return client
+
+
+async def _secured(
+    plain: asyncio.Transport, client: PgClient, context: ssl.SSLContext, host: str, port: int
+) -> asyncio.Transport:
+    loop = asyncio.get_running_loop()
+    try:
+        secure = await loop.start_tls(plain, client, context, server_hostname=host, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S)
+    except ssl.SSLCertVerificationError as error:
+        raise ConnectionError(f"server {host}:{port}: its certificate is not trusted: {error.verify_message}") from error
+    except ssl.SSLError as error:
+        raise ConnectionError(f"server {host}:{port}: TLS failed: {error.reason}") from error
+    assert secure is not None
+    return secure
+
+
 async def connect(
     host: str,
     port: int,
@@ -159,18 +224,21 @@ async def connect(
     password: str | None = None,
     timeout: float = 10.0,
     factory: Callable[[], PgClient] = PgClient,
+    tls: ClientTls | None = None,
 ) -> PgClient:
-    """Connect and authenticate. Raises OSError, ServerError, or TimeoutError after ``timeout`` seconds.
+    """Connect and authenticate. Raises OSError, NeonError (ServerError among them), or TimeoutError after ``timeout`` seconds.
 
-    A host that begins with a slash is the directory of a Unix socket, as in libpq.
+    A host that begins with a slash is the directory of a Unix socket, as in libpq. Without ``tls`` none is asked for.
     """
     settings = {"user": "no_user", "database": "replication", **(parameters or {})}
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(timeout):
         if host.startswith("/"):
             _, client = await loop.create_unix_connection(factory, f"{host}/.s.PGSQL.{port}")
-        else:
+        elif tls is None or tls.mode is SslMode.DISABLE:
             _, client = await loop.create_connection(factory, host, port)
+        else:
+            client = await _connect_tls(host, port, factory, tls)
         try:
             await client._authenticate(settings, password)
         except BaseException:

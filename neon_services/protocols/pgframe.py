@@ -28,6 +28,8 @@ class FrameConnection(asyncio.BufferedProtocol):
         self._filled = 0
         self._was_full = False  # more could have been read at once: larger batches cost less
         self._untagged = False  # a server's first packet has no tag
+        self._unread = 0  # bytes that came behind the untagged packet
+        self._max_message_bytes = pgwire.MAX_MESSAGE_BYTES
         self._writable = asyncio.Event()
         self._writable.set()
         self.closed = False
@@ -60,6 +62,7 @@ class FrameConnection(asyncio.BufferedProtocol):
     # -- asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Also called for the transport that takes the place of the first one after a change to TLS."""
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
         self.transport = transport  # type: ignore[assignment]
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)  # type: ignore[union-attr]
@@ -86,13 +89,14 @@ class FrameConnection(asyncio.BufferedProtocol):
                     break
                 packet = bytes(view[consumed + 4 : consumed + length])
                 consumed += length
+                self._unread = self._filled - consumed
                 self.on_packet(packet)
             if not self._untagged:
                 # split_messages() spelled out: this loop runs for every message of every commit
                 end = self._filled
                 while end - consumed >= 5:
                     (length,) = _LENGTH.unpack_from(view, consumed + 1)
-                    if length < 4 or length > pgwire.MAX_MESSAGE_BYTES:
+                    if length < 4 or length > self._max_message_bytes:
                         raise ProtocolViolation(f"message {chr(view[consumed])!r} has the impossible length {length}")
                     after = consumed + 1 + length
                     if after > end:
@@ -125,11 +129,12 @@ class FrameConnection(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
+        if self.lost.done():
+            return  # a change to TLS that fails is told of by both transports
         self.closed = True
         self._writable.set()
         self.on_lost(error)
-        if not self.lost.done():
-            self.lost.set_result(None)
+        self.lost.set_result(None)
         if self._reader and not self._reader.done():
             self._reader.set_result(None)
 

@@ -7,17 +7,22 @@ other errors of ours are XX000.
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from neon_services.ground.errors import NeonError, ProtocolViolation
+from neon_services.ground.tls import HANDSHAKE_TIMEOUT_S, ServerTls
 from neon_services.protocols import pgwire
 from neon_services.protocols.pgframe import FrameConnection
 
 log = logging.getLogger(__name__)
 
 SERVER_VERSION = "14.1"
-_QUERY, _COPY_DATA, _COPY_DONE, _COPY_FAIL, _TERMINATE, _SYNC = b"QdcfXS"
+STARTUP_TIMEOUT_S = 60.0
+PASSWORD_TIMEOUT_S = 60.0
+MAX_PASSWORD_BYTES = 16 * 1024
+_QUERY, _COPY_DATA, _COPY_DONE, _COPY_FAIL, _TERMINATE, _SYNC, _PASSWORD = b"QdcfXSp"
 
 
 class Handler(Protocol):
@@ -38,11 +43,16 @@ class EndConnection(NeonError):
 
 
 class ServerConnection(FrameConnection):
-    """One client's connection."""
+    """One client's connection. With ``tls`` nothing is served before the client has changed to TLS."""
 
-    def __init__(self, handler_factory: Callable[["ServerConnection"], Handler]) -> None:
+    def __init__(self, handler_factory: Callable[["ServerConnection"], Handler], tls: ServerTls | None = None) -> None:
         super().__init__()
         self._untagged = True
+        self._tls = tls
+        self._securing: asyncio.Task[None] | None = None
+        self._secured = False
+        self._password: asyncio.Future[str] | None = None
+        self._deadline: asyncio.TimerHandle | None = None  # of the startup packet
         self._handler = handler_factory(self)
         self._task: asyncio.Task[None] | None = None
         self._in_query = False
@@ -54,23 +64,33 @@ class ServerConnection(FrameConnection):
 
     # -- receiving
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().call_later(STARTUP_TIMEOUT_S, self.abort)
+
     def on_packet(self, packet: bytes) -> None:
         startup = pgwire.parse_startup(packet)
         if isinstance(startup, int):
             if startup == pgwire.CANCEL_REQUEST:
                 self.close()
+            elif startup == pgwire.SSL_REQUEST and self._tls is not None and not self._secured and self._securing is None:
+                self._begin_tls(self._tls)
             else:
-                self.write(b"N")  # neither TLS nor GSS encryption
+                self.write(b"N")  # neither (another layer of) TLS nor GSS encryption
             return
         self._untagged = False
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._task = asyncio.get_running_loop().create_task(self._serve(startup))
 
     def on_message(self, tag: int, body: memoryview) -> None:
-        if tag == _COPY_DATA:
-            if self.copy_sink is not None:
-                self.copy_sink(body)
-            else:
-                self.enqueue(tag, body)
+        if tag == _COPY_DATA and self.copy_sink is not None:
+            self.copy_sink(body)
+        elif self._password is not None and tag != _TERMINATE:
+            self._take_password(tag, body)
+        elif tag == _COPY_DATA:
+            self.enqueue(tag, body)
         elif tag == _QUERY:
             try:
                 self._pending.put_nowait(pgwire.cstring(body))
@@ -85,6 +105,12 @@ class ServerConnection(FrameConnection):
         else:
             raise ProtocolViolation(f"unexpected message {chr(tag)!r}: only simple queries and COPY are served here")
 
+    def _take_password(self, tag: int, body: memoryview) -> None:
+        assert self._password is not None
+        if tag != _PASSWORD or self._password.done():
+            raise ProtocolViolation(f"unexpected message {chr(tag)!r}: a password was asked for, and nothing else")
+        self._password.set_result(pgwire.cstring(body))
+
     def on_batch_end(self) -> None:
         if self.copy_batch_end is not None:
             self.copy_batch_end()
@@ -95,6 +121,8 @@ class ServerConnection(FrameConnection):
         self.close()
 
     def on_lost(self, error: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
         if self._task is not None:
             self._task.cancel()
         self._handler.connection_lost()
@@ -104,10 +132,67 @@ class ServerConnection(FrameConnection):
         self.write(pgwire.error_response(text, sqlstate))
         self.close()
 
+    # -- TLS
+
+    def _begin_tls(self, tls: ServerTls) -> None:
+        if self._unread:
+            raise ProtocolViolation("bytes behind the request for TLS: somebody injects them")
+        assert self.transport is not None
+        plain, self.transport = self.transport, None  # from here on nothing may be written, or taken, in the clear
+        plain.pause_reading()
+        plain.write(b"S")
+        self._securing = asyncio.get_running_loop().create_task(self._change_to_tls(plain, tls.current))
+
+    async def _change_to_tls(self, plain: asyncio.Transport, context: ssl.SSLContext) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            secure = await loop.start_tls(plain, self, context, server_side=True, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S)
+            assert secure is not None
+        except BaseException as error:
+            plain.abort()
+            self.connection_lost(None)
+            if not isinstance(error, OSError):  # SSLError and ConnectionError are of that kind
+                raise
+            log.info("connection from %s: no TLS: %s", plain.get_extra_info("peername"), error)
+            return
+        self._securing = None
+        self._secured = True
+        self.connection_made(secure)
+        if self.closed:  # the client broke the protocol, or the server stopped, meanwhile
+            secure.abort()
+
+    def close(self) -> None:
+        if self._securing is not None:
+            self._securing.cancel()
+        super().close()
+
+    def abort(self) -> None:
+        if self._securing is not None:
+            self._securing.cancel()
+        super().abort()
+
     # -- the conversation
+
+    async def ask_password(self) -> str:
+        """Ask for a password in clear text; what the client sends. Raises ConnectionError, ServerError or ProtocolViolation."""
+        self._password = asyncio.get_running_loop().create_future()
+        self._max_message_bytes = MAX_PASSWORD_BYTES  # strangers get no large buffers
+        self.write(pgwire.AUTHENTICATION_CLEARTEXT)
+        try:
+            async with asyncio.timeout(PASSWORD_TIMEOUT_S):
+                return await self._password
+        except TimeoutError:
+            raise pgwire.ServerError("57014", f"no password within {PASSWORD_TIMEOUT_S:.0f} s", "FATAL") from None
+        finally:
+            self._password = None
+            self._max_message_bytes = pgwire.MAX_MESSAGE_BYTES
 
     async def _serve(self, startup: pgwire.StartupMessage) -> None:
         try:
+            if self._securing is not None:
+                await asyncio.wait({self._securing})  # its first message came with the end of the handshake
+            if self._tls is not None and not self._secured:
+                raise pgwire.ServerError("XX000", "must connect with TLS: ask for it with sslmode=require or stricter", "FATAL")
             await self._handler.startup(startup)
             self.write(
                 pgwire.AUTHENTICATION_OK
@@ -184,10 +269,11 @@ class ServerConnection(FrameConnection):
 
 
 class PgServer:
-    """A listening socket and its connections."""
+    """A listening socket and its connections. ``tls``: clients must change to TLS first."""
 
-    def __init__(self, handler_factory: Callable[[ServerConnection], Handler]) -> None:
+    def __init__(self, handler_factory: Callable[[ServerConnection], Handler], tls: ServerTls | None = None) -> None:
         self._handler_factory = handler_factory
+        self._tls = tls
         self._server: asyncio.Server | None = None
         self._connections: set[ServerConnection] = set()
 
@@ -195,7 +281,7 @@ class PgServer:
         """Listen. Raises OSError when the address cannot be bound."""
 
         def make() -> ServerConnection:
-            connection = ServerConnection(self._handler_factory)
+            connection = ServerConnection(self._handler_factory, self._tls)
             self._connections.add(connection)
             connection.lost.add_done_callback(lambda _: self._connections.discard(connection))
             return connection

@@ -41,6 +41,7 @@ def timeline_info(config: SafekeeperConfig, timeline: Timeline) -> Any:
         local_start_lsn=acceptor.state.local_start_lsn,
         safekeeper_connstr=config.advertise_pg,
         http_connstr=config.http_connstr,
+        https_connstr=config.access.https_connstr,
         availability_zone=config.availability_zone,
         standby_horizon=timeline.standby_horizon,
     )

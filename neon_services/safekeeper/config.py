@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from neon_services.safekeeper.access import AccessConfig
+
 
 @dataclass(frozen=True)
 class OffloadConfig:
@@ -45,6 +47,7 @@ class SafekeeperConfig:
     #: The remote_storage table; None: no WAL is sent, and none is ever removed.
     remote_storage: dict[str, Any] | None = None
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
     max_timeline_disk_usage_bytes: int = 0
     max_global_disk_usage_ratio: float = 0.0
     global_disk_check_interval_s: float = 60.0

@@ -17,6 +17,7 @@ from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn, format_
 from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP
 from neon_services.safekeeper.admin_api import AdminApi
 from neon_services.safekeeper.config import SafekeeperConfig
+from neon_services.safekeeper.http_access import HttpAccess
 from neon_services.safekeeper.http_fields import (
     TIMELINE_PATH,
     flag_parameter,
@@ -71,9 +72,11 @@ class HttpApi:
         self._admin = AdminApi(config, timelines)
         self._remote_deletion = remote_deletion
 
-    def application(self) -> web.Application:
-        """The aiohttp application."""
+    def application(self, access: HttpAccess | None = None) -> web.Application:
+        """The aiohttp application; without ``access`` everybody is trusted."""
         application = make_application()
+        if access is not None:
+            application.middlewares.append(access.middleware())
         application.middlewares.append(_status_of_errors)
         router = application.router
         router.add_get("/v1/openapi.json", self.openapi)

@@ -17,10 +17,11 @@ import prometheus_client
 from neon_services import __version__
 from neon_services.ground.durable import replace_durably
 from neon_services.ground.errors import ConfigError
-from neon_services.ground.net import parse_host_port, parse_http_endpoint
+from neon_services.ground.net import parse_endpoint, parse_host_port
 from neon_services.ground.process import PidFile, configure_logging, notify_systemd, run_service, wait_for_stop_signal
 from neon_services.ground.remote_storage import parse_remote_storage_option
 from neon_services.ground.units import parse_duration_ms
+from neon_services.safekeeper.access import add_access_options, read_access
 from neon_services.safekeeper.config import OffloadConfig, SafekeeperConfig
 from neon_services.safekeeper.control_file import ControlFile
 from neon_services.safekeeper.server import SafekeeperServer
@@ -41,26 +42,11 @@ class _LaterOption:
 
 
 _LATER = (
-    _LaterOption("--listen-pg-tenant-only", ("",)),
-    _LaterOption("--listen-https", ("",)),
-    _LaterOption("--pg-auth-public-key-path", ("",)),
-    _LaterOption("--pg-tenant-only-auth-public-key-path", ("",)),
-    _LaterOption("--http-auth-public-key-path", ("",)),
-    _LaterOption("--auth-token-path", ("",)),
-    _LaterOption("--ssl-ca-file", ("",)),
     _LaterOption("--hcc-base-url", ("",)),
     _LaterOption("--max-delta-for-fanout"),
     _LaterOption("--force-metric-collection-on-scrape", ("true",)),
     _LaterOption("--wal-reader-fanout", takes_value=False),
-    _LaterOption("--use-https-safekeeper-api", takes_value=False),
-    _LaterOption("--enable-tls-wal-service-api", takes_value=False),
     _LaterOption("--enable-pull-timeline-on-startup", takes_value=False),
-)
-# they tune features that are off, so any value changes nothing
-_IRRELEVANT = (
-    "--ssl-key-file",
-    "--ssl-cert-file",
-    "--ssl-cert-reload-period",
 )
 
 
@@ -77,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--listen-http", default="127.0.0.1:7676", metavar="HOST:PORT", help="the HTTP API")
     add("--advertise-pg", metavar="HOST:PORT", help="where others reach the WAL service (default: --listen-pg)")
     add("--availability-zone", metavar="NAME")
+    add_access_options(add)
     add("-n", "--no-sync", action="store_true", help="never wait for the disk: WAL is not safe (for tests)")
     add("--dump-control-file", metavar="PATH", help="print a control file as JSON and exit")
     add("--broker-endpoint", default="http://127.0.0.1:50051", metavar="URL")
@@ -110,8 +97,6 @@ def make_parser() -> argparse.ArgumentParser:
             add(option.name, metavar="VALUE", help="not supported yet")
         else:
             add(option.name, action="store_true", help="not supported yet")
-    for name in _IRRELEVANT:
-        add(name, metavar="VALUE", help=argparse.SUPPRESS)
     return parser
 
 
@@ -141,7 +126,7 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
             raise ConfigError(f"{option} must be at least {least}, not {value}")
         return int(value)
 
-    parse_http_endpoint(arguments.broker_endpoint, what="--broker-endpoint")
+    parse_endpoint(arguments.broker_endpoint, what="--broker-endpoint")
     if not 0.0 <= arguments.max_global_disk_usage_ratio <= 1.0:
         raise ConfigError(f"--max-global-disk-usage-ratio must be from 0 to 1, not {arguments.max_global_disk_usage_ratio}")
     remote_storage = parse_remote_storage_option(arguments.remote_storage) if arguments.remote_storage else None
@@ -169,6 +154,7 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         peer_recovery=arguments.peer_recovery == "true",
         sync=not arguments.no_sync,
         remote_storage=remote_storage,
+        access=read_access(arguments),
         offload=OffloadConfig(
             wal_backup=remote_storage is not None and not arguments.disable_wal_backup,
             backup_parallel_jobs=number("--wal-backup-parallel-jobs", 1),

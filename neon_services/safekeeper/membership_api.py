@@ -10,7 +10,7 @@ from aiohttp import web
 from neon_services.ground.errors import NeonError
 from neon_services.ground.http import ApiError, json_response, optional_field, read_json_object, require_field
 from neon_services.ground.lsn import format_lsn
-from neon_services.ground.net import parse_http_endpoint
+from neon_services.ground.net import parse_endpoint
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.http_fields import TIMELINE_PATH, mconf_field, number_field, ttid_field, ttid_of
@@ -29,7 +29,7 @@ class MembershipApi:
     def __init__(self, config: SafekeeperConfig, timelines: Timelines) -> None:
         self._config = config
         self._timelines = timelines
-        self._puller = TimelinePuller(timelines, config.node_id, sync=config.sync)
+        self._puller = TimelinePuller(timelines, config.node_id, sync=config.sync, access=config.access.peers())
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Register everything."""
@@ -80,11 +80,13 @@ class MembershipApi:
         body = await read_json_object(request)
         hosts = require_field(body, "http_hosts", list)
         if not 1 <= len(hosts) <= MAX_HOSTS or not all(isinstance(host, str) for host in hosts):
-            raise ApiError(400, f"field 'http_hosts' must be a list of 1 to {MAX_HOSTS} strings like http://HOST:PORT")
+            raise ApiError(
+                400, f"field 'http_hosts' must be a list of 1 to {MAX_HOSTS} strings like http://HOST:PORT or https://HOST:PORT"
+            )
         if len(set(hosts)) != len(hosts):
             raise ApiError(400, "field 'http_hosts' names a host twice")
         for host in hosts:
-            parse_http_endpoint(host, what="field 'http_hosts'")
+            parse_endpoint(host, what="field 'http_hosts'")
         mconf = mconf_field(body["mconf"], "mconf") if body.get("mconf") is not None else None
         everybody = optional_field(body, "require_all_hosts", bool, False)
         donor = await self._puller.pull(PullRequest(ttid_field(body), tuple(hosts), mconf, everybody))

@@ -31,12 +31,14 @@ from neon_services.consensus.migration import (
     SwitchMembership,
     TellCompute,
 )
+from neon_services.ground.auth import TokenSource
 from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.process import configure_logging, run_service
 from neon_services.ground.units import parse_duration_ms
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, SafekeeperId
+from neon_services.safekeeper.access import TOKEN_VARIABLE
 from neon_services.safekeeper.migration_row import RowFile
-from neon_services.safekeeper.peer_client import PeerClient, PeerError, timeline_path
+from neon_services.safekeeper.peer_client import PeerAccess, PeerClient, PeerError, timeline_path
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +58,18 @@ class Stalled(NeonError):
 class MigrationDriver:
     """Carries out the effects of one change."""
 
-    def __init__(self, file: RowFile, session: aiohttp.ClientSession, *, timeout_s: float, compute_hook: str | None) -> None:
+    def __init__(
+        self,
+        file: RowFile,
+        session: aiohttp.ClientSession,
+        *,
+        timeout_s: float,
+        compute_hook: str | None,
+        access: PeerAccess | None = None,
+    ) -> None:
         self._file = file
         self._session = session
+        self._access = access or PeerAccess()
         self._deadline = time.monotonic() + timeout_s
         self._compute_hook = compute_hook
         self._path = timeline_path(file.ttid)
@@ -78,7 +89,7 @@ class MigrationDriver:
             try:
                 outcome = await self._perform(effect)
             except PeerError as error:
-                if error.status in (400, 403, 409):
+                if error.status in (400, 401, 403, 409):
                     raise MigrationConflict(str(error)) from error
                 print(f"  not yet: {error}", flush=True)
                 outcome = None
@@ -124,7 +135,7 @@ class MigrationDriver:
         """The safekeeper, once it has proved that it is the one. Raises PeerError or MigrationConflict."""
         known = self._known.get(node.node_id)
         if known is None:
-            known = PeerClient(self._session, self._file.addresses[node.node_id].http_url)
+            known = self._access.client(self._session, self._file.addresses[node.node_id].http_url)
             answer = await known.request("GET", "/v1/status")
             if not isinstance(answer, dict) or answer.get("id") != node.node_id:
                 raise MigrationConflict(
@@ -192,6 +203,13 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--to", metavar="ID,ID,...", help="the new set; without it, a change that was begun is finished")
     what.add_argument("--abort", action="store_true", help="go back to the old set")
     parser.add_argument("--compute-hook", metavar="URL", help="PUT the list of safekeepers there whenever it changes")
+    parser.add_argument(
+        "--auth-token-path",
+        type=Path,
+        metavar="PATH",
+        help=f"the token, safekeeperdata (default: the variable {TOKEN_VARIABLE})",
+    )
+    parser.add_argument("--ssl-ca-file", type=Path, metavar="PATH", help="trust these authorities instead of the system's")
     parser.add_argument("--timeout", default="10m", metavar="DURATION", help="give up waiting for lagging members after this")
     return parser
 
@@ -208,11 +226,13 @@ async def migrate(arguments: argparse.Namespace) -> int:
     file = RowFile(arguments.row)
     timeout_s = parse_duration_ms(arguments.timeout, what="--timeout") / 1000
     migration = Migration()
+    access = PeerAccess(TokenSource(arguments.auth_token_path, TOKEN_VARIABLE), arguments.ssl_ca_file)
+    access.check()
     with file.locked():
         target = None if arguments.to is None else file.members(_target(arguments.to), "--to")
         steps = migration.abort(file.row) if arguments.abort else migration.change(file.row, target)
-        async with PeerClient.session() as session:
-            driver = MigrationDriver(file, session, timeout_s=timeout_s, compute_hook=arguments.compute_hook)
+        async with access.session() as session:
+            driver = MigrationDriver(file, session, timeout_s=timeout_s, compute_hook=arguments.compute_hook, access=access)
             try:
                 row = await driver.run(steps)
             except MigrationConflict as error:

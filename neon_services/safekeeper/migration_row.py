@@ -22,7 +22,7 @@ from neon_services.consensus.migration import Members, Row
 from neon_services.ground.durable import replace_durably
 from neon_services.ground.errors import ConfigError
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
-from neon_services.ground.net import parse_http_endpoint
+from neon_services.ground.net import parse_endpoint
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, SafekeeperId
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -119,7 +119,7 @@ class RowFile:
                 raise self._error("safekeepers", f"{entry!r} must be an object with id, host, pg_port and http_url")
             if entry["id"] in found:
                 raise self._error("safekeepers", f"safekeeper {entry['id']} is listed twice")
-            parse_http_endpoint(entry["http_url"], what=f"{self._path}: http_url of safekeeper {entry['id']}")
+            parse_endpoint(entry["http_url"], what=f"{self._path}: http_url of safekeeper {entry['id']}")
             if not 0 <= entry["id"] < 1 << 64 or not 0 < entry["pg_port"] < 1 << 16 or not entry["host"]:
                 raise self._error("safekeepers", f"{entry!r} has an impossible id, host or pg_port")
             member = SafekeeperId(entry["id"], entry["host"], entry["pg_port"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from neon_services import __version__
 from neon_services.protocols.safekeeper_messages import MAX_MEMBERS
+from neon_services.safekeeper.http_access import Needs, needs
 from neon_services.safekeeper.http_fields import TIMELINE_PATH
 from neon_services.safekeeper.pull_timeline import MAX_HOSTS
 
@@ -84,7 +85,7 @@ SCHEMAS: dict[str, Schema] = {
         {
             "tenant_id": ID,
             "timeline_id": ID,
-            "http_hosts": _list({"type": "string", "pattern": "^http://"}, minItems=1, maxItems=MAX_HOSTS),
+            "http_hosts": _list({"type": "string", "pattern": "^https?://"}, minItems=1, maxItems=MAX_HOSTS),
         },
         {"mconf": _ref("Configuration"), "require_all_hosts": BOOLEAN},
     ),
@@ -124,16 +125,23 @@ class _Operations:
     ) -> None:
         """One operation. Bad input (400) and unexpected failures (500, 503) are possible everywhere."""
         parameters = [_parameter(n, "path", schema) for n, schema in _PATH_PARAMETERS.items() if "{" + n + "}" in path]
-        codes = sorted({400, 500, 503, *errors, *((413,) if body is not None else ())})
+        open_to_all = needs(method.upper(), path) is Needs.NOTHING
+        tokens = () if open_to_all else (401, 403)
+        codes = sorted({400, 500, 503, *errors, *tokens, *((413,) if body is not None else ())})
         operation: dict[str, Any] = {
             "summary": summary,
             "operationId": f"{method}{path}".replace("/", "_").replace("{", "").replace("}", "").replace(".", "_"),
             "parameters": [*parameters, *query],
+            "security": [] if open_to_all else [{"token": []}],
             "responses": {
                 "200": {"description": "done", "content": {content: {"schema": answer}}},
                 **{str(code): {"$ref": f"#/components/responses/Error{code}"} for code in codes},
             },
         }
+        if not open_to_all:
+            operation["description"] = (
+                f"Needs {(needs(method.upper(), path) or Needs.SAFEKEEPER).value}, if tokens are checked."
+            )
         if body is not None:
             operation["requestBody"] = {"required": body_required, "content": {"application/json": {"schema": body}}}
         self.paths.setdefault(path, {})[method] = operation
@@ -202,7 +210,8 @@ def _paths() -> dict[str, dict[str, Any]]:
 
 _ERRORS = {
     400: "the request is wrong; msg names the field",
-    403: "this safekeeper is not a member, or still is one",
+    401: "no token, or one that is not valid",
+    403: "the token does not allow it; or this safekeeper is not a member, or still is one",
     404: "the timeline is not here",
     409: "a newer generation, or a deletion, forbids it",
     412: "the timelines here or at the other members are not ready for it",
@@ -221,6 +230,14 @@ def document() -> dict[str, Any]:
         "paths": _paths(),
         "components": {
             "schemas": SCHEMAS,
+            "securitySchemes": {
+                "token": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "bearerFormat": "JWT",
+                    "description": "EdDSA; claims scope (safekeeperdata or tenant), tenant_id, exp",
+                }
+            },
             "responses": {f"Error{code}": {"description": text, "content": error} for code, text in _ERRORS.items()},
         },
     }

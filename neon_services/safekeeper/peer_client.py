@@ -2,16 +2,20 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from neon_services.ground.errors import NeonError
+from neon_services.ground.auth import TokenSource
+from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import Lsn, parse_lsn
-from neon_services.ground.net import parse_http_endpoint
+from neon_services.ground.net import parse_endpoint
+from neon_services.ground.tls import ClientTls, client_context
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, TermHistory, TermLsn
 
 CONNECT_TIMEOUT_S = 10.0
@@ -60,19 +64,58 @@ class PeerStatus:
             raise ValueError(f"not the status of a timeline: {error!r}") from error
 
 
-class PeerClient:
-    """One safekeeper. ``url`` is ``http://HOST:PORT``; raises ConfigError when it is not."""
+@dataclass(frozen=True, slots=True)
+class PeerAccess:
+    """How this process presents itself to safekeepers, and whom it trusts to be one."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
-        host, port = parse_http_endpoint(url, what="safekeeper's HTTP address")
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    token: TokenSource = field(default_factory=TokenSource)
+    #: Authorities that sign the certificates of safekeepers; None: the system's.
+    ca_file: Path | None = None
+    use_https: bool = False
+    pg_tls: ClientTls = field(default_factory=ClientTls)
+
+    def check(self) -> None:
+        """Whether token and authorities can be read. Raises ConfigError."""
+        self.token.read()
+        if self.ca_file is not None:
+            client_context(self.ca_file)
+
+    def session(self) -> aiohttp.ClientSession:
+        """A session for clients; close it. Raises PeerError when the authorities cannot be read."""
+        try:
+            return PeerClient.session(client_context(self.ca_file) if self.ca_file is not None else None)
+        except ConfigError as error:
+            raise PeerError(f"no other safekeeper can be asked: {error}") from error
+
+    def client(self, session: aiohttp.ClientSession, url: str) -> "PeerClient":
+        """A client with this process's token. Raises ConfigError for the URL, PeerError when the token cannot be read."""
+        return PeerClient(session, url, self.password())
+
+    def password(self) -> str | None:
+        """The token. Raises PeerError."""
+        try:
+            return self.token.read()
+        except ConfigError as error:
+            raise PeerError(f"no other safekeeper can be asked: {error}") from error
+
+
+class PeerClient:
+    """One safekeeper. ``url`` is ``http://HOST:PORT`` or ``https://HOST:PORT``; raises ConfigError when it is not.
+
+    The token goes to exactly that address: redirections are not followed, and the session knows nothing of it.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, token: str | None = None) -> None:
+        self.url = parse_endpoint(url, what="safekeeper's HTTP address").url
         self._session = session
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     @staticmethod
-    def session() -> aiohttp.ClientSession:
+    def session(context: ssl.SSLContext | None = None) -> aiohttp.ClientSession:
         """A session for such clients; close it."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=ANSWER_TIMEOUT_S)
-        return aiohttp.ClientSession(timeout=timeout, trust_env=False, auto_decompress=False)
+        connector = aiohttp.TCPConnector(ssl=True if context is None else context)
+        return aiohttp.ClientSession(timeout=timeout, connector=connector, trust_env=False, auto_decompress=False)
 
     async def request(self, method: str, path: str, body: Any = None, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
         """One request; its JSON answer. Raises PeerError."""
@@ -80,7 +123,12 @@ class PeerClient:
             async with (
                 asyncio.timeout(timeout_s),
                 self._session.request(
-                    method, self.url + path, json=body, timeout=aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S)
+                    method,
+                    self.url + path,
+                    json=body,
+                    headers=self._headers,
+                    allow_redirects=False,
+                    timeout=aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S),
                 ) as answer,
             ):
                 text = await _bounded(answer)
@@ -102,7 +150,7 @@ class PeerClient:
         """The timeline's snapshot in pieces; it is whole only if its archive has an end mark. Raises PeerError."""
         url = f"{self.url}{timeline_path(ttid)}/snapshot/{destination}"
         try:
-            async with self._session.get(url) as answer:
+            async with self._session.get(url, headers=self._headers, allow_redirects=False) as answer:
                 if answer.status != 200:
                     raise PeerError(f"GET {url}: {answer.status} {_message(await _bounded(answer))}", answer.status)
                 async for piece in answer.content.iter_chunked(1024 * 1024):

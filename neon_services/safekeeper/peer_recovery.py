@@ -32,7 +32,7 @@ from neon_services.protocols.safekeeper_messages import (
 )
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.connections import Peer
-from neon_services.safekeeper.peer_client import PeerClient, PeerStatus
+from neon_services.safekeeper.peer_client import PeerStatus
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
 
@@ -95,6 +95,7 @@ class PeerRecovery:
     def __init__(self, config: SafekeeperConfig, timelines: Timelines) -> None:
         self._config = config
         self._timelines = timelines
+        self._access = config.access.peers()
         self._running: dict[Timeline, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -132,16 +133,30 @@ class PeerRecovery:
         except Exception:
             log.exception("timeline %s does not catch up from safekeeper %d", timeline.ttid, peer.sk_id)
 
+    def _http_url(self, peer: Peer) -> str:
+        if not self._access.use_https:
+            return peer.http_connstr
+        if peer.https_connstr is None:
+            raise NeonError(f"safekeeper {peer.sk_id} has no --listen-https, and --use-https-safekeeper-api is set here")
+        return f"https://{peer.https_connstr}"
+
     async def _recover(self, timeline: Timeline, peer: Peer) -> None:
-        async with PeerClient.session() as session:
-            donor = await PeerClient(session, peer.http_connstr).status(timeline.ttid)
+        async with self._access.session() as session:
+            donor = await self._access.client(session, self._http_url(peer)).status(timeline.ttid)
         wanted = plan(timeline.acceptor, donor)
         if wanted is None:
             return
         host, port = parse_host_port(peer.pg_connstr, what="safekeeper_connstr of a peer")
         ids = f"-c tenant_id={timeline.ttid.tenant_id} timeline_id={timeline.ttid.timeline_id}"
         parameters = {"options": ids, "application_name": f"safekeeper_{self._config.node_id}"}
-        client = await pgclient.connect(host, port, parameters=parameters, timeout=CONNECT_TIMEOUT_S)
+        client = await pgclient.connect(
+            host,
+            port,
+            parameters=parameters,
+            password=self._access.password(),
+            timeout=CONNECT_TIMEOUT_S,
+            tls=self._access.pg_tls,
+        )
         follower = _Follower(timeline, wanted, f"peer recovery from safekeeper {peer.sk_id}")
         try:
             await client.start_copy_both(f"START_REPLICATION PHYSICAL {format_lsn(wanted.start_lsn)} (term='{wanted.term}')")

@@ -24,7 +24,7 @@ from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import format_lsn
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration
 from neon_services.safekeeper import metrics
-from neon_services.safekeeper.peer_client import PeerClient, PeerError, PeerStatus
+from neon_services.safekeeper.peer_client import PeerAccess, PeerClient, PeerError, PeerStatus
 from neon_services.safekeeper.snapshot_unpack import SnapshotUnpacker, Unpacked
 from neon_services.safekeeper.timelines import Timelines
 
@@ -89,10 +89,11 @@ class _Turn:
 class TimelinePuller:
     """Pulls timelines to this node; one pull per timeline at a time."""
 
-    def __init__(self, timelines: Timelines, node_id: int, *, sync: bool = True) -> None:
+    def __init__(self, timelines: Timelines, node_id: int, *, sync: bool = True, access: PeerAccess | None = None) -> None:
         self._timelines = timelines
         self._node_id = node_id
         self._sync = sync
+        self._access = access or PeerAccess()
         self._turns: dict[TenantTimelineId, _Turn] = {}
 
     async def pull(self, request: PullRequest) -> str | None:
@@ -119,8 +120,8 @@ class TimelinePuller:
             raise NotMember(f"safekeeper {self._node_id} is not a member of generation {request.mconf.generation}")
         if self._found_here(request):
             return None
-        async with PeerClient.session() as session:
-            clients = {host: PeerClient(session, host) for host in request.hosts}
+        async with self._access.session() as session:
+            clients = {host: self._access.client(session, host) for host in request.hosts}
             statuses = await self._statuses(request, clients)
             donor = choose_donor(request, statuses, self._node_id)
             log.info("pulling timeline %s from %s", request.ttid, donor)

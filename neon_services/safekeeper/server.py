@@ -10,13 +10,12 @@ import prometheus_client
 
 from neon_services.ground.durable import sync_filesystem
 from neon_services.ground.errors import ConfigError, NeonError
-from neon_services.ground.http import serve
 from neon_services.ground.remote_storage import RemoteStorage, open_remote_storage
-from neon_services.protocols.pgserver import PgServer
 from neon_services.safekeeper.broker_loops import BrokerLoops
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.disk_guard import DiskGuard
 from neon_services.safekeeper.http_api import HttpApi
+from neon_services.safekeeper.listeners import Listeners
 from neon_services.safekeeper.manager import Manager
 from neon_services.safekeeper.offload import Offload
 from neon_services.safekeeper.peer_recovery import PeerRecovery
@@ -37,8 +36,13 @@ class SafekeeperServer:
         self.timelines = Timelines(config.datadir, config.node_id, sync=config.sync)
         self._offload: Offload | None = None
         self._remote_deletion: RemoteDeletion | None = None
-        self._pg = PgServer(lambda connection: WalServiceHandler(self.timelines, connection))
-        self._broker = BrokerClient(config.broker_endpoint, keepalive_interval_ms=config.broker_keepalive_interval_ms)
+        config.access.peers().check()
+        self._listeners = Listeners(config)
+        self._broker = BrokerClient(
+            config.broker_endpoint,
+            keepalive_interval_ms=config.broker_keepalive_interval_ms,
+            ca_file=config.access.ssl_ca_file,
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -73,13 +77,16 @@ class SafekeeperServer:
         if self._remote_deletion is not None:
             self._remote_deletion.resume()
         loops = BrokerLoops(config, self.timelines, self._broker)
-        await self._listen("--listen-pg", config.listen_pg)
-        await self._listen("--listen-http", config.listen_http)
+        await self._listeners.start(
+            lambda connection, access: WalServiceHandler(self.timelines, connection, access),
+            HttpApi(config, self.timelines, self._remote_deletion).application,
+        )
         prometheus_client.REGISTRY.register(TimelineCollector(self.timelines))
         self._tasks = [
             asyncio.create_task(manager.run(), name="manager"),
             asyncio.create_task(loops.run(), name="broker loops"),
             asyncio.create_task(guard.run(), name="disk guard"),
+            asyncio.create_task(self._listeners.run(), name="reloading of keys and certificates"),
         ]
         if config.peer_recovery:
             self._tasks.append(asyncio.create_task(PeerRecovery(config, self.timelines).run(), name="peer recovery"))
@@ -90,16 +97,6 @@ class SafekeeperServer:
             return open_remote_storage(table)
         except OSError as error:
             raise ConfigError(f"--remote-storage: {table.get('local_path')}: {error.strerror or error}") from error
-
-    async def _listen(self, option: str, address: tuple[str, int]) -> None:
-        host, port = address
-        try:
-            if option == "--listen-pg":
-                await self._pg.start(host, port)
-            else:
-                self._http = await serve(HttpApi(self._config, self.timelines, self._remote_deletion).application(), host, port)
-        except OSError as error:
-            raise ConfigError(f"{option}: cannot listen on {host}:{port}: {error.strerror or error}") from error
 
     async def wait(self) -> None:
         """Until one of the background tasks ends, which none should. Raises NeonError."""
@@ -124,8 +121,8 @@ class SafekeeperServer:
         if self._remote_deletion is not None:
             await self._remote_deletion.stop()
         self.timelines.close()
-        await self._pg.stop()
-        await self._http.cleanup()
+        await self._listeners.stop_pg()
+        await self._listeners.stop_http()
         await self._broker.close()
         if self.timelines.storage is not None:
             await self.timelines.storage.close()

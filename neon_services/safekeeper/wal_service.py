@@ -10,6 +10,7 @@ import contextlib
 import logging
 import re
 
+from neon_services.ground.auth import Claims
 from neon_services.ground.errors import NeonError, ProtocolViolation
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
@@ -17,7 +18,7 @@ from neon_services.protocols import pgwire
 from neon_services.protocols.pgserver import EndConnection, ServerConnection
 from neon_services.protocols.safekeeper_messages import PROTOCOL_VERSION
 from neon_services.protocols.safekeeper_messages_v2 import PROTOCOL_VERSION_2
-from neon_services.safekeeper import metrics
+from neon_services.safekeeper import metrics, pg_access
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.walreceiver import V2, V3, WalReceiver
@@ -49,29 +50,35 @@ def parse_wal_push_options(sql: str) -> tuple[int, bool]:
 class WalServiceHandler:
     """One connection to the WAL port."""
 
-    def __init__(self, timelines: Timelines, connection: ServerConnection) -> None:
+    def __init__(self, timelines: Timelines, connection: ServerConnection, access: pg_access.PgAccess | None = None) -> None:
         self._timelines = timelines
         self._connection = connection
+        self._access = access or pg_access.PgAccess()
+        self._claims: Claims | None = None
         self._options: dict[str, str] = {}
         self._appname: str | None = None
         self._receiver: WalReceiver | None = None
 
     async def startup(self, message: pgwire.StartupMessage) -> None:
         """Remember which timeline the connection is about; commands that need none work without."""
+        self._claims = await self._access.admit(self._connection)
         self._options = message.options()
         self._appname = message.parameters.get("application_name") or None
         if "protocol" in self._options and '"vanilla"' not in self._options["protocol"]:
             raise pgwire.ServerError("0A000", "the interpreted WAL protocol is not supported yet: use vanilla")
 
     def _ttid(self) -> TenantTimelineId:
+        """The timeline that commands are about, if this connection may reach it."""
         tenant = self._options.get("tenant_id") or self._options.get("ztenantid")
         timeline = self._options.get("timeline_id") or self._options.get("ztimelineid")
         if tenant is None or timeline is None:
             raise pgwire.ServerError("XX000", "tenant_id and timeline_id must be given in the options of the startup packet")
         try:
-            return TenantTimelineId(TenantId.parse(tenant), TimelineId.parse(timeline))
+            ttid = TenantTimelineId(TenantId.parse(tenant), TimelineId.parse(timeline))
         except ValueError as error:
             raise pgwire.ServerError("XX000", str(error)) from error
+        pg_access.check(self._claims, ttid.tenant_id)
+        return ttid
 
     async def query(self, connection: ServerConnection, sql: str) -> None:
         """Carry out one command; they are matched by case-sensitive prefix."""

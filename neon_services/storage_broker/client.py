@@ -8,13 +8,15 @@ left in peace. Messages are those of protocols/broker_messages.py.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 from typing import Any
 
 import grpc
 
-from neon_services.ground.errors import NeonError
+from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.ids import TenantTimelineId
-from neon_services.ground.net import parse_http_endpoint
+from neon_services.ground.net import parse_endpoint
+from neon_services.ground.tls import ca_bundle, client_context
 from neon_services.protocols import broker_messages as bm
 
 RETRY_INTERVAL_S = 1.0
@@ -28,30 +30,59 @@ class BrokerError(NeonError):
 class BrokerClient:
     """A lazily connected channel to one broker. Use it on the event loop that runs when it is first used."""
 
-    def __init__(self, endpoint: str, *, keepalive_interval_ms: int = 5000) -> None:
-        """``endpoint`` is ``http://HOST:PORT``. Raises ConfigError when it is not."""
-        host, port = parse_http_endpoint(endpoint, what="--broker-endpoint")
+    def __init__(self, endpoint: str, *, keepalive_interval_ms: int = 5000, ca_file: Path | None = None) -> None:
+        """``endpoint`` is ``http://HOST:PORT``, or ``https://HOST:PORT`` with a certificate that the CA file vouches for.
+
+        Without a CA file those of the system do. Raises ConfigError.
+        """
+        parsed = parse_endpoint(endpoint, what="--broker-endpoint")
         self.endpoint = endpoint
-        self._target = f"dns:///{f'[{host}]' if ':' in host else host}:{port}"
+        self._target = f"dns:///{parsed.netloc}"
+        self._tls = parsed.tls
+        self._ca_file = ca_file
+        self._authorities: bytes | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        if self._tls and ca_file is not None:
+            client_context(ca_file)  # grpc would find out when it connects, and not say what is wrong
         self._keepalive_interval_ms = keepalive_interval_ms
         self._channel: Any = None
 
+    def _follow_authorities(self) -> None:
+        """With another CA file comes another channel: this one would never trust a certificate of the new authority."""
+        if not self._tls or self._ca_file is None:
+            return
+        try:
+            authorities = ca_bundle(self._ca_file)
+        except ConfigError as error:
+            if self._channel is None:
+                raise BrokerError(f"broker {self.endpoint}: {error}") from error
+            return  # it is being replaced: the next call looks again
+        if authorities != self._authorities and self._channel is not None:
+            closing = asyncio.get_running_loop().create_task(self._channel.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            self._channel = None
+        self._authorities = authorities
+
     def _method(self, kind: str, name: str) -> Any:
+        self._follow_authorities()
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(
-                self._target,
-                options=[
-                    ("grpc.keepalive_time_ms", self._keepalive_interval_ms),
-                    ("grpc.keepalive_timeout_ms", 20_000),
-                    ("grpc.keepalive_permit_without_calls", 1),
-                    ("grpc.http2.max_pings_without_data", 0),
-                    ("grpc.initial_reconnect_backoff_ms", 500),
-                    ("grpc.min_reconnect_backoff_ms", 5000),  # the time limit of one attempt to connect
-                    ("grpc.max_reconnect_backoff_ms", 1000),
-                    ("grpc.enable_http_proxy", 0),
-                    ("grpc.use_local_subchannel_pool", 1),
-                ],
-            )
+            options = [
+                ("grpc.keepalive_time_ms", self._keepalive_interval_ms),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.initial_reconnect_backoff_ms", 500),
+                ("grpc.min_reconnect_backoff_ms", 5000),  # the time limit of one attempt to connect
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.enable_http_proxy", 0),
+                ("grpc.use_local_subchannel_pool", 1),
+            ]
+            if self._tls:
+                credentials = grpc.ssl_channel_credentials(root_certificates=self._authorities)
+                self._channel = grpc.aio.secure_channel(self._target, credentials, options=options)
+            else:
+                self._channel = grpc.aio.insecure_channel(self._target, options=options)
         return getattr(self._channel, kind)(f"/{bm.SERVICE}/{name}")
 
     async def close(self) -> None:
@@ -59,6 +90,7 @@ class BrokerClient:
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
+        await asyncio.gather(*self._closing)
 
     @contextlib.asynccontextmanager
     async def _errors(self, what: str) -> AsyncIterator[None]:

@@ -1,12 +1,15 @@
 """One TCP port for two protocols: gRPC by its HTTP/2 preface, plain HTTP otherwise.
 
 Invariant: the front looks at the first four bytes of a connection and then only copies bytes, in both directions, with
-back-pressure and half-close; both servers listen on unix sockets that only this process's user can open.
+back-pressure and half-close (which TLS lacks); both servers listen on unix sockets that only this process's user can open.
 """
 
 import asyncio
 import logging
 from pathlib import Path
+from typing import Any
+
+from neon_services.ground.tls import HANDSHAKE_TIMEOUT_S, ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +33,18 @@ class _Leg(asyncio.Protocol):
         if self.other is not None and self.other.transport is not None:
             self.other.transport.write(data)
 
+    @property
+    def keeps_half_open(self) -> bool:
+        """Whether the other direction stays open at the end of one: yes, except with TLS."""
+        return self.transport is not None and self.transport.can_write_eof()
+
     def eof_received(self) -> bool:
         if self.other is not None and self.other.transport is not None and not self.other.transport.is_closing():
-            self.other.transport.write_eof()
-        return True  # the other direction stays open
+            if self.other.transport.can_write_eof():
+                self.other.transport.write_eof()
+            else:
+                self.other.transport.close()  # after what is still to be sent
+        return self.keeps_half_open
 
     def pause_writing(self) -> None:
         """This side's receiver is slow: stop reading from the other."""
@@ -91,7 +102,7 @@ class _Client(_Leg):
     def eof_received(self) -> bool:
         self._eof = True
         if self.other is None:
-            return self._connecting is not None  # without a choice there is nobody to answer
+            return self._connecting is not None and self.keeps_half_open  # without a choice there is nobody to answer
         return super().eof_received()
 
     async def _connect(self, path: Path) -> None:
@@ -122,28 +133,31 @@ class _Client(_Leg):
 
 
 class Front:
-    """The listening socket."""
+    """The listening sockets."""
 
     def __init__(self, grpc_path: Path, http_path: Path) -> None:
         self.grpc_path = grpc_path
         self.http_path = http_path
         self.clients: set[_Client] = set()
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
 
-    async def start(self, host: str, port: int) -> None:
-        """Listen. Raises OSError when the address cannot be bound."""
-        self._server = await asyncio.get_running_loop().create_server(lambda: _Client(self), host, port, reuse_address=True)
+    async def start(self, host: str, port: int, tls: ServerTls | None = None) -> None:
+        """Listen on one more address. Raises OSError when it cannot be bound."""
+        loop = asyncio.get_running_loop()
+        secured: dict[str, Any] = {}
+        if tls is not None:
+            secured = {"ssl": tls.listening, "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S}
+        self._servers.append(await loop.create_server(lambda: _Client(self), host, port, reuse_address=True, **secured))
 
     @property
-    def port(self) -> int:
-        """The bound port (useful after listening on port 0)."""
-        assert self._server is not None
-        return self._server.sockets[0].getsockname()[1]
+    def ports(self) -> list[int]:
+        """The bound ports, in the order of listening (useful after listening on port 0)."""
+        return [server.sockets[0].getsockname()[1] for server in self._servers]
 
     async def stop(self) -> None:
         """Stop listening and drop all connections."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for client in list(self.clients):
             if client.transport is not None:
                 client.transport.abort()

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 import prometheus_client
 
@@ -20,25 +21,29 @@ def make_parser() -> argparse.ArgumentParser:
     """The options, with Neon's names and defaults."""
     parser = argparse.ArgumentParser("storage_broker", description="Message broker of the storage nodes", allow_abbrev=False)
     parser.add_argument("-l", "--listen-addr", metavar="HOST:PORT", help="where to listen, conventionally 127.0.0.1:50051")
-    parser.add_argument("--listen-https-addr", metavar="HOST:PORT", help="not supported yet")
+    parser.add_argument("--listen-https-addr", metavar="HOST:PORT", help="the same with TLS; may be given beside the other")
     parser.add_argument("--timeline-chan-size", type=int, default=32, help="messages kept for a slow subscriber of a timeline")
     parser.add_argument("--all-keys-chan-size", type=int, default=16384, help="the same for a subscriber of all timelines")
     parser.add_argument("--http2-keepalive-interval", default="5000ms", metavar="DURATION")
     parser.add_argument("--log-format", choices=["plain", "json"], default="plain")
-    parser.add_argument("--ssl-key-file", default="server.key", help="used with --listen-https-addr only")
-    parser.add_argument("--ssl-cert-file", default="server.crt", help="used with --listen-https-addr only")
-    parser.add_argument("--ssl-cert-reload-period", default="60s", metavar="DURATION")
+    parser.add_argument("--ssl-key-file", default="server.key", metavar="PATH", help="the private key, PEM")
+    parser.add_argument("--ssl-cert-file", default="server.crt", metavar="PATH", help="the certificate, PEM")
+    parser.add_argument(
+        "--ssl-cert-reload-period", default="60s", metavar="DURATION", help="how often the certificate is read again"
+    )
     parser.add_argument("--version", action="version", version=f"storage_broker {__version__}")
     return parser
 
 
 def read_config(arguments: argparse.Namespace) -> BrokerConfig:
     """Check the options. Raises ConfigError."""
-    if arguments.listen_https_addr is not None:
-        raise ConfigError("--listen-https-addr: TLS is not supported yet; use --listen-addr HOST:PORT")
-    if arguments.listen_addr is None:
+    host, port, https = None, 0, None
+    if arguments.listen_addr:
+        host, port = parse_host_port(arguments.listen_addr, what="--listen-addr")
+    if arguments.listen_https_addr:
+        https = parse_host_port(arguments.listen_https_addr, what="--listen-https-addr")
+    if host is None and https is None:
         raise ConfigError("no address to listen on: give --listen-addr HOST:PORT, for example 127.0.0.1:50051")
-    host, port = parse_host_port(arguments.listen_addr, what="--listen-addr")
     for option, value in (
         ("--timeline-chan-size", arguments.timeline_chan_size),
         ("--all-keys-chan-size", arguments.all_keys_chan_size),
@@ -48,17 +53,30 @@ def read_config(arguments: argparse.Namespace) -> BrokerConfig:
     keepalive = parse_duration_ms(arguments.http2_keepalive_interval, what="--http2-keepalive-interval")
     if keepalive <= 0:
         raise ConfigError("--http2-keepalive-interval must be longer than 0")
-    return BrokerConfig(host, port, arguments.timeline_chan_size, arguments.all_keys_chan_size, keepalive)
+    period = parse_duration_ms(arguments.ssl_cert_reload_period, what="--ssl-cert-reload-period")
+    if period <= 0:
+        raise ConfigError("--ssl-cert-reload-period must be longer than 0")
+    return BrokerConfig(
+        host,
+        port,
+        arguments.timeline_chan_size,
+        arguments.all_keys_chan_size,
+        keepalive,
+        https=https,
+        ssl_key_file=Path(arguments.ssl_key_file),
+        ssl_cert_file=Path(arguments.ssl_cert_file),
+        ssl_cert_reload_period_s=period / 1000,
+    )
 
 
 async def _serve(arguments: argparse.Namespace) -> int:
     config = read_config(arguments)
     server = BrokerServer(config)
-    try:
-        await server.start()
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from error
-    log.info("listening on %s:%d", config.host, server.port)
+    await server.start()
+    if config.host is not None:
+        log.info("listening on %s:%d", config.host, server.port)
+    if config.https is not None:
+        log.info("listening with TLS on %s:%d", config.https[0], server.https_port)
     notify_systemd("READY=1")
     received = await wait_for_stop_signal()
     log.info("got %s, stopping", received.name)

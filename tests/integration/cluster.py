@@ -26,6 +26,7 @@ import psycopg
 
 from neon_services.ground.ids import TenantId, TimelineId
 from neon_services.ground.lsn import Lsn, parse_lsn
+from neon_services.ground.tls import client_context
 
 USER = "postgres"
 SCRIPTS = Path(sys.executable).parent
@@ -72,12 +73,16 @@ def wait_until(condition: Callable[[], Any], what: str, timeout: float = 60.0) -
     raise AssertionError(f"timed out after {timeout:.0f} s waiting for {what}" + (f" (last error: {last})" if last else ""))
 
 
-def http(method: str, url: str, body: Any = None, timeout: float = 60.0) -> Any:
+def http(
+    method: str, url: str, body: Any = None, timeout: float = 60.0, *, token: str | None = None, ca_file: Path | None = None
+) -> Any:
     """One JSON request; its JSON answer. Raises urllib.error.HTTPError with the body in its message."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, method=method, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
+    request = urllib.request.Request(url, data=data, method=method, headers=headers)
+    context = None if ca_file is None else client_context(ca_file)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        with urllib.request.urlopen(request, timeout=timeout, context=context) as answer:
             text = answer.read().decode()
     except urllib.error.HTTPError as error:
         error.msg = f"{error.msg}: {error.read().decode(errors='replace')[:500]}"
@@ -180,16 +185,17 @@ class Safekeeper:
     pg_port: int
     http_port: int
     process: Process
+    token: str | None = None
 
     def status(self, tenant: TenantId, timeline: TimelineId) -> dict[str, Any]:
         """TimelineStatus."""
-        return http("GET", f"http://127.0.0.1:{self.http_port}/v1/tenant/{tenant}/timeline/{timeline}")
+        return http("GET", f"http://127.0.0.1:{self.http_port}/v1/tenant/{tenant}/timeline/{timeline}", token=self.token)
 
     def digest(self, tenant: TenantId, timeline: TimelineId, from_lsn: str, until_lsn: str) -> str:
         """SHA-256 of the WAL bytes of a range."""
         query = f"from_lsn={from_lsn}&until_lsn={until_lsn}"
         url = f"http://127.0.0.1:{self.http_port}/v1/tenant/{tenant}/timeline/{timeline}/digest?{query}"
-        return http("GET", url)["sha256"]
+        return http("GET", url, token=self.token)["sha256"]
 
 
 @dataclass
@@ -398,6 +404,7 @@ class Cluster:
                     "start_lsn": start,
                     "commit_lsn": start,
                 },
+                token=safekeeper.token,
             )
 
     def make_compute(

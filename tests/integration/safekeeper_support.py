@@ -14,6 +14,7 @@ from neon_services.consensus.term_history import divergence_lsn
 from neon_services.ground.errors import NeonError
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn, parse_lsn
+from neon_services.ground.tls import ClientTls
 from neon_services.protocols import pgclient
 from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.replication_stream import XLogData, parse_sender_message
@@ -80,6 +81,9 @@ class Node(Service):
         self.directory = base / f"sk{node_id}"
         self.directory.mkdir(exist_ok=True)
         self.pg_port, self.http_port = free_port(), free_port()
+        #: What this test presents itself with.
+        self.token: str | None = None
+        self.pg_tls: ClientTls | None = None
         argv = [str(SCRIPTS / "safekeeper"), "-D", str(self.directory), "--id", str(node_id)]
         argv += ["--listen-pg", f"127.0.0.1:{self.pg_port}", "--listen-http", f"127.0.0.1:{self.http_port}"]
         argv += ["--broker-endpoint", f"http://127.0.0.1:{broker_port}", *options]
@@ -95,15 +99,19 @@ class Node(Service):
     def timeline_url(self, ttid: TenantTimelineId, suffix: str = "") -> str:
         return self.url(f"/v1/tenant/{ttid.tenant_id}/timeline/{ttid.timeline_id}{suffix}")
 
+    def http(self, method: str, path: str, body: Any = None, timeout: float = 60.0) -> Any:
+        """One request to this safekeeper."""
+        return http(method, self.url(path), body, timeout, token=self.token)
+
     def status(self, ttid: TenantTimelineId) -> dict[str, Any]:
-        return http("GET", self.timeline_url(ttid))
+        return http("GET", self.timeline_url(ttid), token=self.token)
 
     def lsn(self, ttid: TenantTimelineId, name: str) -> Lsn:
         return parse_lsn(self.status(ttid)[name])
 
     def digest(self, ttid: TenantTimelineId, begin: int, end: int) -> str:
         query = f"?from_lsn={begin >> 32:X}/{begin & 0xFFFFFFFF:X}&until_lsn={end >> 32:X}/{end & 0xFFFFFFFF:X}"
-        return http("GET", self.timeline_url(ttid, "/digest" + query))["sha256"]
+        return http("GET", self.timeline_url(ttid, "/digest" + query), token=self.token)["sha256"]
 
     async def connect(self, ttid: TenantTimelineId, application_name: str = "test", **parameters: str) -> pgclient.PgClient:
         options = f"-c tenant_id={ttid.tenant_id} timeline_id={ttid.timeline_id}"
@@ -111,6 +119,8 @@ class Node(Service):
             "127.0.0.1",
             self.pg_port,
             parameters={"options": options, "application_name": application_name, **parameters},
+            password=self.token,
+            tls=self.pg_tls,
         )
 
 

@@ -46,7 +46,7 @@ def create(ttid: TenantTimelineId, mconf: MembershipConfiguration, nodes: list[N
         "start_lsn": format_lsn(START),
     }
     for node in nodes:
-        http("POST", node.url("/v1/tenant/timeline"), body)
+        node.http("POST", "/v1/tenant/timeline", body)
 
 
 def proposer(ttid: TenantTimelineId, wal: WalMaker, mconf: MembershipConfiguration) -> ScriptedProposer:
@@ -59,7 +59,7 @@ def pull(node: Node, ttid: TenantTimelineId, hosts: list[str], mconf: Membership
     body = {"tenant_id": str(ttid.tenant_id), "timeline_id": str(ttid.timeline_id), "http_hosts": hosts}
     if mconf is not None:
         body["mconf"] = mconf.to_json()  # type: ignore[assignment]
-    return http("POST", node.url("/v1/pull_timeline"), body)["safekeeper_host"]
+    return node.http("POST", "/v1/pull_timeline", body)["safekeeper_host"]
 
 
 def refusal(call: Callable[[], Any]) -> tuple[int, str]:

@@ -15,7 +15,10 @@ from neon_services.compute.proposer_child import config_of
 from neon_services.compute.spec import ComputeSpec, parse_config, parse_spec, read_config
 from neon_services.compute.status import ComputeStatus, Status, WrongStatus
 from neon_services.compute.tokens import TokenError, TokenVerifier
+from neon_services.compute.walproposer_config import parse_conninfo_options
 from neon_services.ground.errors import ConfigError
+from neon_services.ground.tls import ClientTls, SslMode
+from tests.credentials import Authority
 
 LIBRARY = Path("/usr/lib/neon/pg15/neon.so")
 
@@ -206,6 +209,26 @@ def test_tokens() -> None:
 def test_config_with_keys() -> None:
     config = parse_config({"spec": make_spec(), "compute_ctl_config": {"jwks": {"keys": [Signer().jwk]}}})
     assert len(config.jwks) == 1
+
+
+def test_tls_of_the_walproposer(tmp_path: Path) -> None:
+    ca_file = Authority(tmp_path).ca_file
+    assert parse_conninfo_options("") == ClientTls(SslMode.PREFER, None)
+    assert parse_conninfo_options(f"sslmode=verify-full sslrootcert='{ca_file}'") == ClientTls(SslMode.VERIFY_FULL, ca_file)
+    assert parse_conninfo_options("sslmode=verify-full sslrootcert=system") == ClientTls(SslMode.VERIFY_FULL, None)
+    for wrong, expected in (
+        ("sslmode=allow", "'allow' is not one of"),
+        ("keepalives=1", "keepalives is not supported"),
+        ("password=secret", "password is not supported"),
+        ("password=secret sslmode", "missing"),
+        ("sslrootcert=/none", "/none: No such file"),
+    ):
+        with pytest.raises(ConfigError, match=expected) as failure:
+            parse_conninfo_options(wrong)
+        assert "secret" not in str(failure.value)
+    settings = settings_of({"neon.safekeeper_conninfo_options": "sslmode=require"})
+    assert config_of(parse_spec(make_spec(cluster=settings)), 150000)["safekeeper_conninfo_options"] == "sslmode=require"
+    assert "safekeeper_conninfo_options" not in config_of(parse_spec(make_spec()), 150000)
 
 
 def test_timeouts_of_the_walproposer() -> None:

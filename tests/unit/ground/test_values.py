@@ -10,7 +10,7 @@ from neon_services.ground import lsn as lsns
 from neon_services.ground.errors import ConfigError
 from neon_services.ground.ids import TenantId, TimelineId
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
-from neon_services.ground.net import parse_host_port, parse_http_endpoint
+from neon_services.ground.net import Endpoint, parse_endpoint, parse_host_port
 from neon_services.ground.pgtime import to_datetime, to_postgres_us
 from neon_services.ground.units import parse_duration_ms
 
@@ -101,8 +101,11 @@ def test_addresses() -> None:
     assert parse_host_port("127.0.0.1:5454", what="x") == ("127.0.0.1", 5454)
     assert parse_host_port("[::1]:0", what="x") == ("::1", 0)
     assert parse_host_port("host", what="x", default_port=7) == ("host", 7)
-    assert parse_http_endpoint("http://b:50051/", what="x") == ("b", 50051)
-    assert parse_http_endpoint("b:50051", what="x") == ("b", 50051)
+    assert parse_endpoint("http://b:50051/", what="x") == Endpoint("b", 50051)
+    assert parse_endpoint("b:50051", what="x") == Endpoint("b", 50051)
+    assert parse_endpoint("https://[::1]:50051/", what="x") == Endpoint("::1", 50051, tls=True)
+    assert parse_endpoint("https://[::1]:50051/", what="x").url == "https://[::1]:50051"
+    assert parse_endpoint("b:50051", what="x").url == "http://b:50051"
 
 
 @pytest.mark.parametrize("text", ["", "host", ":1", "host:", "host:x", "host:65536", "host:-1"])

@@ -8,6 +8,7 @@ import pytest
 
 from neon_services.ground.errors import ConfigError, CorruptionError
 from neon_services.ground.ids import TenantId
+from neon_services.ground.tls import ClientTls, SslMode
 from neon_services.pageserver.index_part import IndexPart, LayerMetadata
 from neon_services.pageserver.layers.names import LayerName
 from neon_services.pageserver.location_config import LocationConf, TenantConf, parse_duration
@@ -32,6 +33,16 @@ def test_defaults_are_neons(tmp_path: Path):
     assert settings.listen_pg == ("127.0.0.1", 64000) and settings.listen_http == ("127.0.0.1", 9898)
     assert settings.wait_lsn_timeout_s == 300 and settings.page_cache_bytes == 64 << 20
     assert Path(settings.remote_storage["local_path"]) == tmp_path / "../remote"
+
+
+def test_protection_of_connections(tmp_path: Path):
+    settings = load_settings(write(tmp_path))
+    assert settings.ssl_ca_file is None and settings.safekeeper_tls == ClientTls(SslMode.PREFER, None)
+    settings = load_settings(write(tmp_path, GOOD + "ssl_ca_file = 'ca.pem'\nsafekeeper_sslmode = 'verify-full'\n"))
+    assert settings.ssl_ca_file == tmp_path / "ca.pem"
+    assert settings.safekeeper_tls == ClientTls(SslMode.VERIFY_FULL, tmp_path / "ca.pem")
+    with pytest.raises(ConfigError, match=r"pageserver\.toml: safekeeper_sslmode: 'allow' is not one of"):
+        load_settings(write(tmp_path, GOOD + "safekeeper_sslmode = 'allow'\n"))
 
 
 def test_unknown_keys_are_counted_not_fatal(tmp_path: Path):

@@ -35,7 +35,7 @@ class Servers:
         await self.front.start("127.0.0.1", 0)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection("127.0.0.1", self.front.port)
+        return await asyncio.open_connection("127.0.0.1", self.front.ports[0])
 
     async def stop(self) -> None:
         await self.front.stop()
@@ -159,7 +159,7 @@ def test_a_server_that_speaks_first_is_heard(tmp_path: Path) -> None:
         front = Front(tmp_path / "grpc", tmp_path / "http")
         await front.start("127.0.0.1", 0)
         for _ in range(300):
-            reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", front.ports[0])
             writer.write(b"PRI * HTTP/2.0")
             assert await asyncio.wait_for(reader.readexactly(8), 5) == b"settings"
             writer.close()
