@@ -10,6 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from neon_services.consensus.acceptor import AcceptorState, PeerInfo
+from neon_services.ground.debug_http import DebugApi
 from neon_services.ground.errors import Cancelled, StaleGeneration
 from neon_services.ground.http import ApiError, json_response, make_application, optional_field, read_json_object, require_field
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
@@ -88,6 +89,7 @@ class HttpApi:
         router.add_delete(TIMELINE_PATH, self.delete_timeline)
         self._membership.add_routes(router)
         self._admin.add_routes(router)
+        DebugApi().add_routes(router)
         router.add_post(TIMELINE_PATH + "/checkpoint", self.checkpoint)
         router.add_get(TIMELINE_PATH + "/digest", self.digest)
         router.add_post(TIMELINE_PATH + "/backup_partial_reset", self.backup_partial_reset)

@@ -15,6 +15,7 @@ from pathlib import Path
 import prometheus_client
 
 from neon_services import __version__
+from neon_services.ground import failpoints
 from neon_services.ground.durable import replace_durably
 from neon_services.ground.errors import ConfigError
 from neon_services.ground.net import parse_host_port, parse_http_endpoint
@@ -233,6 +234,7 @@ async def _serve(arguments: argparse.Namespace, servers: list[SafekeeperServer])
     if arguments.dump_control_file is not None:
         return dump_control_file(Path(arguments.dump_control_file))
     _refuse_later_options(arguments)
+    failpoints.enable_from_environment()
     datadir = _enter_datadir(arguments.datadir)
     lock = PidFile(datadir / PID_FILE)
     node_id = read_or_write_id(datadir, arguments.id)

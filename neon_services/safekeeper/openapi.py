@@ -7,6 +7,7 @@ because Neon's clients of other versions send them.
 from typing import Any
 
 from neon_services import __version__
+from neon_services.ground.debug_http import MAX_FREQUENCY_HZ, MAX_SECONDS
 from neon_services.protocols.safekeeper_messages import MAX_MEMBERS
 from neon_services.safekeeper.http_fields import TIMELINE_PATH
 from neon_services.safekeeper.pull_timeline import MAX_HOSTS
@@ -144,6 +145,18 @@ def _paths() -> dict[str, dict[str, Any]]:
     found = (404,)
     add("get", "/metrics", "Metrics", TEXT, content="text/plain")
     add("get", "/v1/openapi.json", "This document", ANYTHING)
+    pprof = _parameter("format", "query", {"enum": ["pprof"]})
+    cpu = (
+        pprof,
+        _parameter("seconds", "query", {"type": "integer", "minimum": 1, "maximum": MAX_SECONDS}),
+        _parameter("frequency", "query", {"type": "integer", "minimum": 1, "maximum": MAX_FREQUENCY_HZ}),
+        _parameter("force", "query", _FLAG),
+    )
+    binary = "application/octet-stream"
+    add("get", "/profile/cpu", "Where processor time goes, as gzipped pprof", TEXT, query=cpu, errors=(409,), content=binary)
+    add("get", "/profile/heap", "What memory holds, as gzipped pprof", TEXT, query=(pprof,), errors=(412,), content=binary)
+    body = _list(_object({"name": TEXT, "actions": TEXT}))
+    add("put", "/v1/failpoints", "Set failpoints, in processes that were started for tests", NULL, body=body)
     add("get", "/v1/status", "Who I am, and why WAL is refused, if it is", _object({"id": U64}, {"wal_refused": TEXT}))
     add("get", "/v1/utilization", "How much there is here", _object({"timeline_count": U64}))
     usage = _object({"data_dir": TEXT, "capacity_bytes": U64, "usage_bytes": U64})

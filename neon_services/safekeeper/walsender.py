@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 
+from neon_services.ground import failpoints
 from neon_services.ground.errors import Cancelled, NeonError
 from neon_services.ground.lsn import XLOG_BLCKSZ, Lsn, format_lsn
 from neon_services.ground.pgtime import to_postgres_us
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_INTERVAL_S = 1.0
 IDLE_TIMEOUT_S = 600.0
+_PAUSE_SEND = failpoints.declare("sk-pause-send")  # everybody but pageservers gets no WAL
+_REPLICA_SLEEP = failpoints.declare("sk-send-wal-replica-sleep", can_wait=True)  # return(ms): after each message
 
 
 def next_chunk_end(position: int, end: int, segment_size: int) -> int:
@@ -99,6 +102,8 @@ class WalSender:
             self._news.clear()
             self._check_end()
             end = self._end_position()
+            if _PAUSE_SEND.actions is not None and self._is_held_back():
+                end = position
             while position < end:
                 chunk_end = next_chunk_end(position, end, timeline.segment_size)
                 data = await reader.read(position, chunk_end - position)
@@ -110,6 +115,9 @@ class WalSender:
                 connection.write(pgwire.copy_data_header(XLOG_DATA_HEADER_BYTES + len(data)) + header + data)
                 position = Lsn(chunk_end)
                 await self._drain()
+                if _REPLICA_SLEEP.actions is not None and self._appname == "replica":
+                    hit = await _REPLICA_SLEEP.reach()
+                    await _REPLICA_SLEEP.wait_ms(None if hit is None else hit.value)
             try:
                 async with asyncio.timeout(KEEPALIVE_INTERVAL_S):
                     await self._news.wait()
@@ -120,6 +128,10 @@ class WalSender:
                 now = to_postgres_us(time.time_ns() // 1000)
                 connection.send_copy_data(Keepalive(self._end_position(), now, True).pack())
                 await self._drain()
+
+    def _is_held_back(self) -> bool:
+        is_pageserver = (self._appname or "").split("-")[0] == "pageserver"
+        return not is_pageserver and _PAUSE_SEND.hit() is not None
 
     async def _drain(self) -> None:
         try:

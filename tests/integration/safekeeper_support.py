@@ -30,7 +30,9 @@ from neon_services.protocols.safekeeper_messages import (
     VoteResponse,
     parse_acceptor_message,
 )
-from tests.integration.cluster import LIBRARIES, SCRIPTS, free_port, http, wait_until
+from tests.integration.cluster import LIBRARIES, SCRIPTS, free_port, http
+from tests.waiting import until as until
+from tests.waiting import wait_until
 
 
 class Service:
@@ -273,11 +275,6 @@ async def read_stream(client: pgclient.PgClient, begin: int, end: int, command: 
             assert message.start_lsn == begin + len(received)
             received += message.data
     return bytes(received)
-
-
-async def until(condition: Any, what: str, timeout: float = 15.0) -> Any:
-    """wait_until on another thread, so that the event loop goes on."""
-    return await asyncio.to_thread(wait_until, condition, what, timeout)
 
 
 async def dead(client: pgclient.PgClient) -> str:
