@@ -42,12 +42,13 @@ class Service:
         self.name = name
         self.argv = argv
         self.log = log
+        self.environment: dict[str, str] = {}
         self.popen: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         assert self.popen is None or self.popen.poll() is not None
         with self.log.open("ab") as log:
-            environment = {**os.environ, "NEON_LIB_DIR": str(LIBRARIES)}
+            environment = {**os.environ, "NEON_LIB_DIR": str(LIBRARIES), **self.environment}
             self.popen = subprocess.Popen(self.argv, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def kill(self) -> None:
@@ -131,7 +132,7 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def running_fleet(base: Path, count: int = 3, *options: str) -> Iterator[Fleet]:
+def running_fleet(base: Path, count: int = 3, *options: str, environment: dict[str, str] | None = None) -> Iterator[Fleet]:
     """Everything started; everything killed at the end."""
     port = free_port()
     broker = Service("broker", [str(SCRIPTS / "storage_broker"), "-l", f"127.0.0.1:{port}"], base / "broker.log")
@@ -139,6 +140,7 @@ def running_fleet(base: Path, count: int = 3, *options: str) -> Iterator[Fleet]:
     try:
         broker.start()
         for node in fleet.nodes:
+            node.environment = environment or {}
             node.start()
         yield fleet
     finally:
