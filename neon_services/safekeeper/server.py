@@ -23,6 +23,7 @@ from neon_services.safekeeper.peer_recovery import PeerRecovery
 from neon_services.safekeeper.remote_deletion import RemoteDeletion
 from neon_services.safekeeper.timeline_metrics import TimelineCollector
 from neon_services.safekeeper.timelines import Timelines
+from neon_services.safekeeper.traffic import TRAFFIC
 from neon_services.safekeeper.wal_service import WalServiceHandler
 from neon_services.storage_broker.client import BrokerClient
 
@@ -75,6 +76,8 @@ class SafekeeperServer:
         loops = BrokerLoops(config, self.timelines, self._broker)
         await self._listen("--listen-pg", config.listen_pg)
         await self._listen("--listen-http", config.listen_http)
+        TRAFFIC.availability_zone = config.availability_zone
+        prometheus_client.REGISTRY.register(TRAFFIC)
         prometheus_client.REGISTRY.register(TimelineCollector(self.timelines))
         self._tasks = [
             asyncio.create_task(manager.run(), name="manager"),

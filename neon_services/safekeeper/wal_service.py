@@ -20,6 +20,7 @@ from neon_services.protocols.safekeeper_messages_v2 import PROTOCOL_VERSION_2
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
+from neon_services.safekeeper.traffic import TRAFFIC
 from neon_services.safekeeper.walreceiver import V2, V3, WalReceiver
 from neon_services.safekeeper.walsender import WalSender
 
@@ -60,6 +61,7 @@ class WalServiceHandler:
         """Remember which timeline the connection is about; commands that need none work without."""
         self._options = message.options()
         self._appname = message.parameters.get("application_name") or None
+        TRAFFIC.begin(self._connection, self._options.get("availability_zone"), self._appname)
         if "protocol" in self._options and '"vanilla"' not in self._options["protocol"]:
             raise pgwire.ServerError("0A000", "the interpreted WAL protocol is not supported yet: use vanilla")
 
@@ -86,6 +88,7 @@ class WalServiceHandler:
 
     def connection_lost(self) -> None:
         """Flush what a proposer wrote."""
+        TRAFFIC.end(self._connection)
         if self._receiver is not None:
             self._receiver.close()
 

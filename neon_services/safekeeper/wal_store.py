@@ -34,6 +34,10 @@ from neon_services.wal.scanner import WalScanner
 log = logging.getLogger(__name__)
 
 RECOVERY_CHUNK_BYTES = 1024 * 1024
+_INITIALIZE_FIRST, _INITIALIZE, _TRUNCATE = (
+    metrics.WAL_STORAGE_OPERATION_SECONDS.labels(operation)
+    for operation in ("initialize_first_segment", "initialize_segment", "truncate_wal")
+)
 
 
 class WalStoreError(NeonError):
@@ -139,7 +143,7 @@ class WalStore:
         """Begin the empty log at this position, durably; page headers in front of it let tools read the first segment."""
         if self._write_lsn:
             raise WalStoreError(f"{self.segments.path}: the log is not empty: it ends at {format_lsn(self._write_lsn)}")
-        with self._disk_errors("initializing the log"):
+        with _INITIALIZE_FIRST.time(), self._disk_errors("initializing the log"):
             self._open_segment_at(lsn, pg_version, system_id)
             self._move_to(lsn)
 
@@ -217,6 +221,7 @@ class WalStore:
                 elif lsn % self._segment_size > self._segment_size // 4:
                     self.segments.prepare()
         self.written_bytes += self._write_lsn - first
+        metrics.WRITE_WAL_BYTES.observe(self._write_lsn - first)
         self._account(time.perf_counter() - started, dsync)
 
     def _write_durably(self, views: list[memoryview | bytes], offset: int) -> bool:
@@ -243,7 +248,8 @@ class WalStore:
     def _switch_segment(self, segment: int) -> None:
         self._close()
         self.segments.complete_before(segment)
-        self._descriptor, self._segment = self.segments.create(segment), segment
+        with _INITIALIZE.time():
+            self._descriptor, self._segment = self.segments.create(segment), segment
         self.on_segment()
 
     def _complete_segment(self) -> None:
@@ -292,7 +298,7 @@ class WalStore:
             return
         self.write_out()
         self._must_truncate = True
-        with self._disk_errors("cutting the log"):
+        with _TRUNCATE.time(), self._disk_errors("cutting the log"):
             self._close()
             self._move_to(lsn)
             segment, offset = divmod(lsn, self._segment_size)

@@ -69,8 +69,8 @@ class WalSender:
                 f"is at {format_lsn(timeline.first_available_lsn)}"
             )
         self._end_position()  # a wrong term is refused before the stream begins
-        kind = "commit" if self._term is None else "term"
-        gauge = metrics.WAL_READERS.labels(kind, (self._appname or "unknown").split("-")[0])
+        # Neon's word for a reader that is not shared; the target without its number, for clients choose it
+        gauge = metrics.WAL_READERS.labels("future", (self._appname or "unknown").split("-")[0])
         gauge.inc()
         timeline.senders[self._state.conn_id] = self._state
         reader = timeline.reader()

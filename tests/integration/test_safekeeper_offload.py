@@ -301,7 +301,7 @@ async def test_a_timeline_over_its_limit_is_refused_until_wal_left(tmp_path: Pat
         assert said in node.log.read_text()
         leader.leave()
         end = node.lsn(ttid, "flush_lsn")
-        assert metric(node, "safekeeper_wal_storage_limit_errors_total") >= 1
+        assert metric(node, "safekeeper_wal_storage_limit_errors") >= 1
         await wait_for_backup(fleet, ttid, node.lsn(ttid, "commit_lsn"))
         await pageserver_has_everything(node, ttid, end)
         leader = proposer(wal, ttid)
