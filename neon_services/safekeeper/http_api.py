@@ -15,6 +15,7 @@ from neon_services.ground.errors import Cancelled, StaleGeneration
 from neon_services.ground.http import ApiError, json_response, make_application, optional_field, read_json_object, require_field
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn, format_lsn
+from neon_services.ground.metrics_cache import MetricsCache
 from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP
 from neon_services.safekeeper.admin_api import AdminApi
 from neon_services.safekeeper.config import SafekeeperConfig
@@ -36,7 +37,7 @@ from neon_services.safekeeper.remote_deletion import RemoteDeletion
 from neon_services.safekeeper.snapshot import SnapshotAborted, SnapshotRefused
 from neon_services.safekeeper.status import disk_content, memory_dump, now_text, timeline_status, wal_last_modified
 from neon_services.safekeeper.timeline import Timeline
-from neon_services.safekeeper.timelines import TimelineBroken, TimelineDeleted, TimelineNotFound, Timelines
+from neon_services.safekeeper.timelines import TimelineAwaited, TimelineBroken, TimelineDeleted, TimelineNotFound, Timelines
 from neon_services.safekeeper.wal_reader import WalNotHere
 
 DIGEST_CHUNK_BYTES = 1024 * 1024
@@ -54,7 +55,7 @@ async def _status_of_errors(request: web.Request, handler: Endpoint) -> web.Stre
         raise ApiError(403, str(error)) from error
     except (TimelineDeleted, StaleGeneration) as error:
         raise ApiError(409, str(error)) from error
-    except (PullFailed, SnapshotRefused, SnapshotAborted) as error:
+    except (PullFailed, SnapshotRefused, SnapshotAborted, TimelineAwaited) as error:
         raise ApiError(412, str(error)) from error
     except TimelineBroken as error:
         raise ApiError(500, str(error)) from error
@@ -71,10 +72,11 @@ class HttpApi:
         self._membership = MembershipApi(config, timelines)
         self._admin = AdminApi(config, timelines)
         self._remote_deletion = remote_deletion
+        self.metrics = MetricsCache(collect_on_scrape=config.force_metric_collection_on_scrape)
 
     def application(self) -> web.Application:
         """The aiohttp application."""
-        application = make_application()
+        application = make_application(self.metrics.metrics)
         application.middlewares.append(_status_of_errors)
         router = application.router
         router.add_get("/v1/openapi.json", self.openapi)

@@ -25,6 +25,7 @@ from neon_services.ground.units import parse_duration_ms
 from neon_services.safekeeper.config import OffloadConfig, SafekeeperConfig
 from neon_services.safekeeper.control_file import ControlFile
 from neon_services.safekeeper.server import SafekeeperServer
+from neon_services.safekeeper.startup_recovery import TOKEN_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +50,10 @@ _LATER = (
     _LaterOption("--http-auth-public-key-path", ("",)),
     _LaterOption("--auth-token-path", ("",)),
     _LaterOption("--ssl-ca-file", ("",)),
-    _LaterOption("--hcc-base-url", ("",)),
     _LaterOption("--max-delta-for-fanout"),
-    _LaterOption("--force-metric-collection-on-scrape", ("true",)),
     _LaterOption("--wal-reader-fanout", takes_value=False),
     _LaterOption("--use-https-safekeeper-api", takes_value=False),
     _LaterOption("--enable-tls-wal-service-api", takes_value=False),
-    _LaterOption("--enable-pull-timeline-on-startup", takes_value=False),
 )
 # they tune features that are off, so any value changes nothing
 _IRRELEVANT = (
@@ -102,6 +100,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-timeline-disk-usage-bytes", type=int, default=0, metavar="BYTES", help="WAL of one timeline; 0: no limit")
     add("--max-global-disk-usage-ratio", type=float, default=0.0, metavar="RATIO", help="of the file system; 0: no limit")
     add("--global-disk-check-interval", default="60s", metavar="DURATION")
+    add("--enable-pull-timeline-on-startup", action="store_true",
+        help="ask --hcc-base-url which timelines should be here, and copy those that are not from their members")  # fmt: skip
+    add("--hcc-base-url", metavar="URL", help=f"the control plane; environment variable {TOKEN_VARIABLE}: a token for it")
+    add("--force-metric-collection-on-scrape", default="true", metavar="true|false",
+        help="false: /metrics gives what is collected every 30 s, unless it is asked with use_latest=true")  # fmt: skip
     add("--log-format", choices=["plain", "json"], default="plain")
     add("--current-thread-runtime", action="store_true", help="always so here")
     add("--dev", action="store_true", help="accepted; changes nothing here")
@@ -133,8 +136,10 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
             raise ConfigError(f"{option} must be longer than 0")
         return value
 
-    if arguments.peer_recovery not in ("true", "false"):
-        raise ConfigError(f"--peer-recovery: {arguments.peer_recovery!r} is neither true nor false")
+    for option in ("--peer-recovery", "--force-metric-collection-on-scrape"):
+        value = getattr(arguments, option.removeprefix("--").replace("-", "_"))
+        if value not in ("true", "false"):
+            raise ConfigError(f"{option}: {value!r} is neither true nor false")
 
     def number(option: str, least: int) -> int:
         value = getattr(arguments, option.removeprefix("--").replace("-", "_"))
@@ -143,6 +148,11 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         return int(value)
 
     parse_http_endpoint(arguments.broker_endpoint, what="--broker-endpoint")
+    recovery_url = arguments.hcc_base_url or None
+    if arguments.enable_pull_timeline_on_startup != (recovery_url is not None):
+        raise ConfigError("--enable-pull-timeline-on-startup and --hcc-base-url URL need each other: give both or none")
+    if recovery_url is not None:
+        parse_http_endpoint(recovery_url, what="--hcc-base-url")
     if not 0.0 <= arguments.max_global_disk_usage_ratio <= 1.0:
         raise ConfigError(f"--max-global-disk-usage-ratio must be from 0 to 1, not {arguments.max_global_disk_usage_ratio}")
     remote_storage = parse_remote_storage_option(arguments.remote_storage) if arguments.remote_storage else None
@@ -185,6 +195,8 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         max_timeline_disk_usage_bytes=number("--max-timeline-disk-usage-bytes", 0),
         max_global_disk_usage_ratio=arguments.max_global_disk_usage_ratio,
         global_disk_check_interval_s=seconds("--global-disk-check-interval"),
+        force_metric_collection_on_scrape=arguments.force_metric_collection_on_scrape == "true",
+        startup_recovery_url=recovery_url,
     )
 
 

@@ -143,7 +143,8 @@ class _Operations:
 def _paths() -> dict[str, dict[str, Any]]:
     add = (operations := _Operations()).add
     found = (404,)
-    add("get", "/metrics", "Metrics", TEXT, content="text/plain")
+    latest = (_parameter("use_latest", "query", _FLAG),)
+    add("get", "/metrics", "Metrics", TEXT, query=latest, content="text/plain")
     add("get", "/v1/openapi.json", "This document", ANYTHING)
     pprof = _parameter("format", "query", {"enum": ["pprof"]})
     cpu = (
@@ -172,7 +173,7 @@ def _paths() -> dict[str, dict[str, Any]]:
     )
     add("get", "/v1/debug_dump", "Everything known about timelines", dump, query=query)
     create = _ref("TimelineCreateRequest")
-    add("post", "/v1/tenant/timeline", "Create a timeline; an existing one is fine", NULL, body=create, errors=(403, 409))
+    add("post", "/v1/tenant/timeline", "Create a timeline; an existing one is fine", NULL, body=create, errors=(403, 409, 412))
     add("get", "/v1/tenant/timeline", "All timelines", _list(_object({"tenant_id": ID, "timeline_id": ID})))
     local = (_parameter("only_local", "query", _FLAG),)
     removed = {"type": "object", "additionalProperties": _ref("Deleted")}

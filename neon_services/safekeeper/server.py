@@ -20,7 +20,9 @@ from neon_services.safekeeper.http_api import HttpApi
 from neon_services.safekeeper.manager import Manager
 from neon_services.safekeeper.offload import Offload
 from neon_services.safekeeper.peer_recovery import PeerRecovery
+from neon_services.safekeeper.pull_timeline import TimelinePuller
 from neon_services.safekeeper.remote_deletion import RemoteDeletion
+from neon_services.safekeeper.startup_recovery import StartupRecovery
 from neon_services.safekeeper.timeline_metrics import TimelineCollector
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.traffic import TRAFFIC
@@ -74,8 +76,10 @@ class SafekeeperServer:
         if self._remote_deletion is not None:
             self._remote_deletion.resume()
         loops = BrokerLoops(config, self.timelines, self._broker)
+        recovery = self._startup_recovery()  # before anybody can create timelines
+        api = HttpApi(config, self.timelines, self._remote_deletion)
         await self._listen("--listen-pg", config.listen_pg)
-        await self._listen("--listen-http", config.listen_http)
+        await self._listen("--listen-http", config.listen_http, api)
         TRAFFIC.availability_zone = config.availability_zone
         prometheus_client.REGISTRY.register(TRAFFIC)
         prometheus_client.REGISTRY.register(TimelineCollector(self.timelines))
@@ -84,8 +88,19 @@ class SafekeeperServer:
             asyncio.create_task(loops.run(), name="broker loops"),
             asyncio.create_task(guard.run(), name="disk guard"),
         ]
+        if recovery is not None:
+            self._tasks.append(asyncio.create_task(recovery.run(), name="startup recovery"))
+        if not config.force_metric_collection_on_scrape:
+            self._tasks.append(asyncio.create_task(api.metrics.run(), name="metrics collection"))
         if config.peer_recovery:
             self._tasks.append(asyncio.create_task(PeerRecovery(config, self.timelines).run(), name="peer recovery"))
+
+    def _startup_recovery(self) -> StartupRecovery | None:
+        config = self._config
+        if config.startup_recovery_url is None:
+            return None
+        puller = TimelinePuller(self.timelines, config.node_id, sync=config.sync)
+        return StartupRecovery(config.node_id, self.timelines, puller, config.startup_recovery_url)
 
     @staticmethod
     def _open_storage(table: dict[str, Any]) -> RemoteStorage:
@@ -94,13 +109,13 @@ class SafekeeperServer:
         except OSError as error:
             raise ConfigError(f"--remote-storage: {table.get('local_path')}: {error.strerror or error}") from error
 
-    async def _listen(self, option: str, address: tuple[str, int]) -> None:
+    async def _listen(self, option: str, address: tuple[str, int], api: HttpApi | None = None) -> None:
         host, port = address
         try:
-            if option == "--listen-pg":
+            if api is None:
                 await self._pg.start(host, port)
             else:
-                self._http = await serve(HttpApi(self._config, self.timelines, self._remote_deletion).application(), host, port)
+                self._http = await serve(api.application(), host, port)
         except OSError as error:
             raise ConfigError(f"{option}: cannot listen on {host}:{port}: {error.strerror or error}") from error
 

@@ -1,19 +1,24 @@
 """The metrics of running services have Neon's names and labels: what dashboards and alerts are made of."""
 
+import asyncio
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from prometheus_client.parser import text_string_to_metric_families
 
 from neon_services.ground.lsn import Lsn
+from neon_services.ground.metrics_cache import MetricsCache
+from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP
 from tests.integration.cluster import http
 from tests.integration.safekeeper_support import Fleet, ScriptedProposer, new_ttid, read_stream, running_fleet
+from tests.integration.test_pull_timeline import create, refusal
 from tests.integration.test_safekeeper_offload import options, pageserver_has_everything, proposer
 from tests.unit.safekeeper.walmaker import WalMaker
-from tests.waiting import until, wait_until
+from tests.waiting import eventually, until, wait_until
 
 pytestmark = pytest.mark.cluster
 SEGMENT = 1 << 20
@@ -200,3 +205,35 @@ def test_the_brokers_metrics(tmp_path: Path) -> None:
             return samples["storage_broker_all_keys_active_subscribers"][0].value == 2
 
         wait_until(found, "the safekeeper's two subscriptions")
+
+
+def test_metrics_are_collected_now_and_then_if_so_wanted(tmp_path: Path) -> None:
+    with running_fleet(tmp_path, 1, "--force-metric-collection-on-scrape", "false") as fleet:
+        (node,) = fleet.nodes
+
+        def looks(query: str = "") -> float:
+            return scrape(node.url("/metrics" + query))["safekeeper_manager_iterations_total"][0].value
+
+        create(new_ttid(), NO_MEMBERSHIP, fleet.nodes)
+        wait_until(lambda: looks("?use_latest=true") > 0, "the manager to look at the timeline")
+        assert looks() == looks("?use_latest=false") == 0, "nothing had happened at the start"
+        code, said = refusal(lambda: scrape(node.url("/metrics?use_latest=1")))
+        assert code == 400, said
+
+
+async def test_the_collection_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter(b"123456789")
+    monkeypatch.setattr("prometheus_client.generate_latest", lambda: bytes([next(texts)]))
+
+    async def get(cache: MetricsCache, path: str = "/metrics") -> bytes:
+        return (await cache.metrics(make_mocked_request("GET", path))).body  # type: ignore[return-value]
+
+    cache = MetricsCache(collect_on_scrape=False)
+    assert await get(cache) == b"1", "who asks before the first collection does not get nothing"
+    running = asyncio.create_task(cache.run(0.02))
+    await eventually(lambda: cache._last == b"4", "the third collection")
+    running.cancel()
+    assert await get(cache) == b"4"
+    assert await get(cache, "/metrics?use_latest=true") == b"5"
+    assert await get(cache) == b"4"
+    assert await get(MetricsCache()) == b"6"
