@@ -14,6 +14,7 @@ from neon_services.storage_broker.client import BrokerClient, BrokerError
 from tests.integration.safekeeper_support import Fleet, dead, new_ttid, read_stream, running_fleet, until
 from tests.integration.scripted_wal import START, proposer
 from tests.unit.safekeeper.walmaker import WalMaker
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -64,10 +65,12 @@ async def test_inactive_timelines_are_silent_and_found_by_discovery(fleet: Fleet
             responses[response.safekeeper_id] = response
 
     listening = asyncio.create_task(listen())
-    async with asyncio.timeout(10):
-        while len(responses) < 3:
-            await client.publish_one(bm.SafekeeperDiscoveryRequest(tenant_timeline_id=bm.encode_ttid(leader.ttid)))
-            await asyncio.sleep(0.05)
+
+    async def all_answer() -> bool:
+        await client.publish_one(bm.SafekeeperDiscoveryRequest(tenant_timeline_id=bm.encode_ttid(leader.ttid)))
+        return len(responses) == 3
+
+    await eventually(all_answer, "all safekeepers to answer", interval=0.05)
     assert {r.commit_lsn for r in responses.values()} == {wal.end}
     assert responses[2].safekeeper_connstr == f"127.0.0.1:{fleet.nodes[1].pg_port}"
     listening.cancel()
