@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
@@ -35,7 +34,7 @@ from neon_services.safekeeper.partial_backup import reset_partial_backup
 from neon_services.safekeeper.pull_timeline import NotMember, PullFailed
 from neon_services.safekeeper.remote_deletion import RemoteDeletion
 from neon_services.safekeeper.snapshot import SnapshotAborted, SnapshotRefused
-from neon_services.safekeeper.status import disk_content, memory_dump, now_text, timeline_status, wal_last_modified
+from neon_services.safekeeper.status import config_dump, disk_content, memory_dump, now_text, timeline_status, wal_last_modified
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import TimelineAwaited, TimelineBroken, TimelineDeleted, TimelineNotFound, Timelines
 from neon_services.safekeeper.wal_reader import WalNotHere
@@ -141,14 +140,13 @@ class HttpApi:
             if query.wal_last_modified:
                 entry["wal_last_modified"] = await asyncio.to_thread(wal_last_modified, timeline.directory)
             timelines.append(entry)
-        config = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(self._config).items()}
         return json_response(
             {
                 "start_time": started,
                 "finish_time": now_text(),
                 "timelines": timelines,
                 "timelines_count": len(self._timelines.all()),
-                "config": config,
+                "config": config_dump(self._config),
             }
         )
 

@@ -130,7 +130,15 @@ async def test_checkpoint_and_debug_dump(fleet: Fleet) -> None:
     files = {file["name"]: file for file in after["disk_content"]["files"]}
     assert files["000000010000000000000001.partial"]["size"] == WAL_SEGMENT_SIZE
     assert files["000000010000000000000001.partial"]["end_zeroes"] >= 2 * WAL_SEGMENT_SIZE - wal.end
-    assert dump["config"]["node_id"] == 1
+    assert dump["config"] == {
+        "id": 1,
+        "workdir": str(node.directory),
+        "listen_pg_addr": f"127.0.0.1:{node.pg_port}",
+        "listen_http_addr": f"127.0.0.1:{node.http_port}",
+        "no_sync": False,
+        "max_offloader_lag_bytes": 1 << 27,
+        "wal_backup_enabled": False,
+    }
     assert error_of("GET", node.url("/v1/debug_dump?dump_all=maybe"))[0] == 400
     assert http("GET", node.url("/v1/utilization"))["timeline_count"] >= 1
     leader.leave()
