@@ -83,7 +83,7 @@ class DebugApi:
         self._free.clear()
         self._profiler = profiler = CpuProfiler(seconds, frequency)
         try:
-            return _file(await asyncio.to_thread(profiler.run), "profile.pb.gz")
+            return _file(await profiler.run(), "profile.pb.gz")
         finally:  # also when the client has gone
             profiler.stop()
             self._profiler = None

@@ -1,10 +1,16 @@
 """Where a running service spends its processor time, and what its memory holds.
 
-The CPU profiler is a thread that looks at the stacks of all others, so many times a second. What it counts is not how often
-a thread was seen but how much processor time it has used since the last look, by its own clock: a thread that waits counts
-nothing. The cost is some ten microseconds of the interpreter per look and thread, and none while nobody profiles.
+The CPU profiler looks at all stacks whenever the process has used some more milliseconds of processor time: SIGPROF comes, and
+Python runs its handler on the main thread at the next instruction. So the event loop, where the work is done, is seen where it
+works; a thread that looked at it from outside would see it only where it lets go of the interpreter: in system calls. What is
+counted is not how often a thread was seen but the processor time it has used since the last look, by its own clock: a thread
+that waits counts nothing. Time inside C code that calls no Python (uvloop's own) goes to the Python code that it calls next.
+The cost is some ten microseconds per look and thread, and none while nobody profiles.
 """
 
+import asyncio
+import contextlib
+import signal
 import sys
 import threading
 import time
@@ -16,6 +22,7 @@ from neon_services.ground.errors import NeonError
 from neon_services.ground.pprof import Frame, ProfileBuilder
 
 MAX_DEPTH = 200
+_LOOK_UP_S = 0.01
 
 
 class HeapProfilingOff(NeonError):
@@ -51,50 +58,59 @@ def _frames(stack: _Stack) -> list[Frame]:
 
 
 class CpuProfiler:
-    """One profile. ``run`` blocks its thread until the time is over or ``stop`` is called; then ``result`` is the file."""
+    """One profile; only one at a time runs in a process, on the main thread's event loop."""
+
+    _running: "CpuProfiler | None" = None
 
     def __init__(self, seconds: float, frequency_hz: int) -> None:
         self._seconds = seconds
         self._interval_s = 1 / frequency_hz
-        self._stopped = threading.Event()
+        self._stopped = asyncio.Event()
+        self._last: dict[int, int] = {}  # processor time that a thread had used at the last look
         self._used: defaultdict[tuple[_Stack, str], list[int]] = defaultdict(lambda: [0, 0])
 
     def stop(self) -> None:
         """End early; what was seen until now is the result."""
         self._stopped.set()
 
-    def run(self) -> bytes:
+    async def run(self) -> bytes:
         """The gzipped profile."""
-        me = threading.get_ident()
+        assert CpuProfiler._running is None
         started = time.monotonic()
-        last: dict[int, int] = {}
-        self._look(me, last)  # what was used before the profile began does not count
+        # the handler stays: a signal that comes late must not meet the default, which is to end the process
+        signal.signal(signal.SIGPROF, CpuProfiler._on_signal)
+        signal.siginterrupt(signal.SIGPROF, False)  # C libraries need not know of it
+        self._look(None)  # what was used before does not count
         self._used.clear()
-        looks = 0
-        while not self._stopped.is_set():
-            looks += 1
-            due = started + min(looks * self._interval_s, self._seconds)
-            if self._stopped.wait(max(0.0, due - time.monotonic())):
-                break
-            self._look(me, last)
-            behind = int((time.monotonic() - started) / self._interval_s)
-            looks = max(looks, behind)  # a look that came late is not made up for
-            if time.monotonic() >= started + self._seconds:
-                break
+        CpuProfiler._running = self
+        try:
+            signal.setitimer(signal.ITIMER_PROF, self._interval_s, self._interval_s)
+            while (left := started + self._seconds - time.monotonic()) > 0 and not self._stopped.is_set():
+                # a signal that another thread took does not wake a main thread that waits: it has to look up by itself
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, _LOOK_UP_S)):
+                        await self._stopped.wait()
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            CpuProfiler._running = None
         return self._write(round((time.monotonic() - started) * 1e9))
 
-    def _look(self, me: int, last: dict[int, int]) -> None:
+    @staticmethod
+    def _on_signal(_: int, frame: FrameType | None) -> None:
+        if CpuProfiler._running is not None:
+            CpuProfiler._running._look(frame)
+
+    def _look(self, main_frame: FrameType | None) -> None:
         stacks = sys._current_frames()
         for thread in threading.enumerate():
-            native_id, frame = thread.native_id, stacks.get(thread.ident or 0)
-            if native_id is None or frame is None or thread.ident == me:
+            is_main = thread is threading.main_thread()
+            native_id, frame = thread.native_id, main_frame if is_main else stacks.get(thread.ident or 0)
+            now = None if native_id is None else _cpu_ns(native_id)
+            if native_id is None or now is None:
                 continue
-            now = _cpu_ns(native_id)
-            if now is None:
-                continue
-            used = now - last.get(native_id, 0)
-            last[native_id] = now
-            if used > 0:
+            used = now - self._last.get(native_id, 0)
+            self._last[native_id] = now
+            if used > 0 and frame is not None:
                 entry = self._used[_stack_of(frame), thread.name]
                 entry[0] += 1
                 entry[1] += used

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import hashlib
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -76,7 +77,7 @@ def burn(until: threading.Event) -> None:
         hashlib.sha256(b"x" * 2000).digest()
 
 
-def test_processor_time_is_given_to_who_used_it() -> None:
+async def test_processor_time_is_given_to_who_used_it() -> None:
     """One thread works, one waits: the working one has (nearly) all the time, the waiting one none."""
     over = threading.Event()
     threads = [threading.Thread(target=burn, args=(over,), name="busy"), threading.Thread(target=over.wait, name="idle")]
@@ -84,7 +85,7 @@ def test_processor_time_is_given_to_who_used_it() -> None:
         thread.start()
     before = time.process_time_ns()
     try:
-        profile = opened(CpuProfiler(0.7, 200).run())
+        profile = opened(await CpuProfiler(0.7, 200).run())
     finally:
         used = time.process_time_ns() - before
         over.set()
@@ -104,7 +105,38 @@ def test_processor_time_is_given_to_who_used_it() -> None:
     assert 0.6e9 < profile.duration_nanos < 3e9
 
 
-def test_a_thread_that_ends_meanwhile_does_no_harm() -> None:
+async def test_the_event_loop_is_seen_where_it_works() -> None:
+    """Work between two system calls, as a safekeeper does it: seen from outside, it would all be in the system calls."""
+
+    def check() -> None:
+        for _ in range(20):
+            hashlib.sha256(bytes(20_000)).digest()
+
+    def write(file: Any) -> None:
+        file.write(b"x" * 4096)
+        file.flush()
+
+    async def serve() -> None:
+        with tempfile.TemporaryFile() as file:
+            while True:
+                check()
+                write(file)
+                await asyncio.sleep(0)
+
+    serving = asyncio.create_task(serve())
+    before = time.thread_time_ns()
+    profile = opened(await CpuProfiler(0.8, 200).run())
+    used = time.thread_time_ns() - before
+    serving.cancel()
+    by_function: Counter[str] = Counter()
+    for stack, thread, (_, nanoseconds) in stacks(profile):
+        if thread == "MainThread":
+            by_function.update({name.rsplit(".", 1)[-1]: nanoseconds for name in set(stack)})
+    assert by_function["serve"] > 0.6 * used, "the main thread did hardly anything else"
+    assert by_function["check"] > 5 * by_function["write"], by_function
+
+
+async def test_a_thread_that_ends_meanwhile_does_no_harm() -> None:
     over = threading.Event()
 
     def come_and_go() -> None:
@@ -118,7 +150,7 @@ def test_a_thread_that_ends_meanwhile_does_no_harm() -> None:
     running = threading.Thread(target=come_and_go)
     running.start()
     try:
-        opened(CpuProfiler(0.3, 1000).run())
+        opened(await CpuProfiler(0.3, 1000).run())
     finally:
         over.set()
         running.join()
