@@ -16,6 +16,7 @@ import threading
 import time
 import tracemalloc
 from collections import defaultdict
+from pathlib import Path
 from types import CodeType, FrameType
 
 from neon_services.ground.errors import NeonError
@@ -140,7 +141,8 @@ def heap_profile() -> bytes:
     for statistic in snapshot.statistics("traceback"):
         # tracemalloc knows files and lines, no functions; its newest frame comes last
         stack = [
-            (f"{frame.filename}:{frame.lineno}", frame.filename, frame.lineno, frame.lineno) for frame in statistic.traceback
+            (f"{Path(frame.filename.strip('<>')).name}:{frame.lineno}", frame.filename, frame.lineno, frame.lineno)
+            for frame in statistic.traceback
         ]
         builder.add(reversed(stack), (statistic.count, statistic.size))
     return builder.finish(round((time.monotonic() - started) * 1e9))
