@@ -170,8 +170,10 @@ class WalStore:
             raise ProtocolViolation(f"WAL at {format_lsn(begin_lsn)} does not follow {format_lsn(self._write_lsn)}")
         try:
             self._scanner.feed(data)
-        except WalDecodeError as error:
+        except BaseException as error:  # where the scanner stands is not known then
             self._must_truncate = True
+            if not isinstance(error, WalDecodeError):
+                raise
             raise ProtocolViolation(f"the proposer sent bytes at {format_lsn(begin_lsn)} that are not WAL: {error}") from error
         self._pending.append(data)
         self._pending_bytes += len(data)
@@ -273,12 +275,14 @@ class WalStore:
         """A failed operation leaves the log as it was at flush_lsn, closed for writing."""
         try:
             yield
-        except OSError as error:
+        except BaseException as error:  # also what nobody foresaw: the bytes are not there, and no flush may say they are
             self._must_truncate = self._distrusts_cache = True
             self._pending.clear()
             self._pending_bytes = 0
             self._move_to(self._flush_lsn)
             self._close()
+            if not isinstance(error, OSError):
+                raise
             metrics.WAL_DISK_IO_ERRORS.inc()
             raise WalStoreError(f"{what} in {self.segments.path} failed: {error.strerror or error}") from error
 
