@@ -96,10 +96,10 @@ async def metrics_handler(_: web.Request) -> web.Response:
     )
 
 
-def make_application() -> web.Application:
+def make_application(metrics: Callable[[web.Request], Awaitable[web.Response]] = metrics_handler) -> web.Application:
     """An application with the error middleware, a bounded body size and `GET /metrics`."""
     application = web.Application(middlewares=[error_middleware], client_max_size=MAX_BODY_BYTES)
-    application.router.add_get("/metrics", metrics_handler)
+    application.router.add_get("/metrics", metrics)
     return application
 
 

@@ -33,6 +33,8 @@ class FrameConnection(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self.closed = False
+        #: What has come and gone over this connection, in bytes.
+        self.received_bytes = self.sent_bytes = 0
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue: deque[tuple[int, bytes]] = deque()
         self._queued_bytes = 0
@@ -77,6 +79,7 @@ class FrameConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes
+        self.received_bytes += nbytes
         self._was_full = self._filled == len(self._buffer) < LARGEST_BUFFER
         view = memoryview(self._buffer)[: self._filled]
         consumed = 0
@@ -143,6 +146,7 @@ class FrameConnection(asyncio.BufferedProtocol):
     def write(self, data: bytes) -> None:
         """Queue bytes for sending; never blocks. Long producers call drain() between writes."""
         if not self.closed and self.transport is not None:
+            self.sent_bytes += len(data)
             self.transport.write(data)
 
     async def drain(self) -> None:

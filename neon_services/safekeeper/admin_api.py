@@ -24,7 +24,7 @@ from neon_services.safekeeper.http_fields import TIMELINE_PATH, parse_id, parse_
 from neon_services.safekeeper.snapshot import Snapshot
 from neon_services.safekeeper.snapshot_unpack import SnapshotUnpacker
 from neon_services.safekeeper.timeline import Timeline
-from neon_services.safekeeper.timelines import Timelines
+from neon_services.safekeeper.timelines import TimelineAwaited, Timelines
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ class AdminApi:
         control = control_of_copy(timeline.control, TenantTimelineId(tenant_id, target), until_lsn)
         started = time.perf_counter()
         if self._timelines.find_or_admit(control.ttid, control.acceptor.mconf.generation) is None:
+            if (reason := self._timelines.why_not_new(control.ttid)) is not None:
+                raise TimelineAwaited(reason)
             await self._copy(timeline, control, until_lsn)
         metrics.MISC_OPERATION_SECONDS.labels("copy").observe(time.perf_counter() - started)
         return json_response(None)

@@ -114,8 +114,7 @@ class BrokerLoops:
                     yield timeline_info(self._config, timeline)
                     pushed += 1
                     metrics.BROKER_PUSHED_UPDATES.inc()
-            if pushed:
-                metrics.BROKER_PUSH_UPDATE_SECONDS.observe((time.perf_counter() - started) / pushed)
+            metrics.BROKER_PUSH_UPDATE_SECONDS.observe(time.perf_counter() - started)
             metrics.BROKER_ITERATION_TIMELINES.observe(pushed)
             await asyncio.sleep(PUSH_INTERVAL_S)
 
@@ -136,8 +135,8 @@ class BrokerLoops:
                     news.cancel()
             info = news.result()
             silent = False
-            metrics.BROKER_PULLED_UPDATES.inc()
             timeline = self._timelines.find(bm.ttid_of(info))
+            metrics.BROKER_PULLED_UPDATES.labels("not_found" if timeline is None else "ok").inc()
             if timeline is not None:
                 timeline.record_peer(peer_of(info))
 

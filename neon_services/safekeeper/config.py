@@ -51,3 +51,6 @@ class SafekeeperConfig:
     max_timeline_disk_usage_bytes: int = 0
     max_global_disk_usage_ratio: float = 0.0
     global_disk_check_interval_s: float = 60.0
+    force_metric_collection_on_scrape: bool = True
+    #: Whom to ask at the start which timelines should be here; None: nobody.
+    startup_recovery_url: str | None = None

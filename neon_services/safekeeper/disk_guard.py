@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from neon_services.ground import failpoints
 from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import WAL_SEGMENT_SIZE
 from neon_services.safekeeper import metrics
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 FLOOR_SEGMENTS = 4
 FLOOR_CHECK_INTERVAL_S = 1.0
+_GLOBAL_USAGE = failpoints.declare("sk-global-disk-usage")
 
 
 class DiskLimitReached(NeonError):
@@ -76,6 +78,15 @@ def refusal_of_timeline(usage_bytes: int, max_bytes: int) -> str | None:
     return f"WAL storage utilization exceeds configured limit of {max_bytes} bytes: current disk usage: {usage_bytes} bytes"
 
 
+def _pretended(space: DiskSpace) -> DiskSpace:
+    """With the failpoint sk-global-disk-usage set to return(N), N bytes are used; without a number none."""
+    hit = _GLOBAL_USAGE.hit()
+    if hit is None:
+        return space
+    used = int(hit.value) if hit.value is not None and hit.value.isascii() and hit.value.isdecimal() else 0
+    return DiskSpace(space.capacity, max(0, space.capacity - used))
+
+
 class DiskGuard:
     """Keeps ``Timelines.disk_refusal`` true."""
 
@@ -107,7 +118,7 @@ class DiskGuard:
         """Ask the system and decide: every second, and whenever a segment was begun. Takes microseconds."""
         try:
             with metrics.GLOBAL_DISK_UTILIZATION_CHECK_SECONDS.time():
-                space = self._space(self._datadir)
+                space = _pretended(self._space(self._datadir))
         except OSError as error:
             log.error("%s: cannot ask how full the disk is: %s", self._datadir, error)
         else:

@@ -4,16 +4,17 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
 
 from neon_services.consensus.acceptor import AcceptorState, PeerInfo
+from neon_services.ground.debug_http import DebugApi
 from neon_services.ground.errors import Cancelled, StaleGeneration
 from neon_services.ground.http import ApiError, json_response, make_application, optional_field, read_json_object, require_field
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import INVALID_LSN, WAL_SEGMENT_SIZE, Lsn, format_lsn
+from neon_services.ground.metrics_cache import MetricsCache
 from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP
 from neon_services.safekeeper.admin_api import AdminApi
 from neon_services.safekeeper.config import SafekeeperConfig
@@ -34,9 +35,9 @@ from neon_services.safekeeper.partial_backup import reset_partial_backup
 from neon_services.safekeeper.pull_timeline import NotMember, PullFailed
 from neon_services.safekeeper.remote_deletion import RemoteDeletion
 from neon_services.safekeeper.snapshot import SnapshotAborted, SnapshotRefused
-from neon_services.safekeeper.status import disk_content, memory_dump, now_text, timeline_status, wal_last_modified
+from neon_services.safekeeper.status import config_dump, disk_content, memory_dump, now_text, timeline_status, wal_last_modified
 from neon_services.safekeeper.timeline import Timeline
-from neon_services.safekeeper.timelines import TimelineBroken, TimelineDeleted, TimelineNotFound, Timelines
+from neon_services.safekeeper.timelines import TimelineAwaited, TimelineBroken, TimelineDeleted, TimelineNotFound, Timelines
 from neon_services.safekeeper.wal_reader import WalNotHere
 
 DIGEST_CHUNK_BYTES = 1024 * 1024
@@ -54,7 +55,7 @@ async def _status_of_errors(request: web.Request, handler: Endpoint) -> web.Stre
         raise ApiError(403, str(error)) from error
     except (TimelineDeleted, StaleGeneration) as error:
         raise ApiError(409, str(error)) from error
-    except (PullFailed, SnapshotRefused, SnapshotAborted) as error:
+    except (PullFailed, SnapshotRefused, SnapshotAborted, TimelineAwaited) as error:
         raise ApiError(412, str(error)) from error
     except TimelineBroken as error:
         raise ApiError(500, str(error)) from error
@@ -71,10 +72,11 @@ class HttpApi:
         self._membership = MembershipApi(config, timelines)
         self._admin = AdminApi(config, timelines)
         self._remote_deletion = remote_deletion
+        self.metrics = MetricsCache(collect_on_scrape=config.force_metric_collection_on_scrape)
 
     def application(self, access: HttpAccess | None = None) -> web.Application:
         """The aiohttp application; without ``access`` everybody is trusted."""
-        application = make_application()
+        application = make_application(self.metrics.metrics)
         if access is not None:
             application.middlewares.append(access.middleware())
         application.middlewares.append(_status_of_errors)
@@ -91,6 +93,7 @@ class HttpApi:
         router.add_delete(TIMELINE_PATH, self.delete_timeline)
         self._membership.add_routes(router)
         self._admin.add_routes(router)
+        DebugApi().add_routes(router)
         router.add_post(TIMELINE_PATH + "/checkpoint", self.checkpoint)
         router.add_get(TIMELINE_PATH + "/digest", self.digest)
         router.add_post(TIMELINE_PATH + "/backup_partial_reset", self.backup_partial_reset)
@@ -140,14 +143,13 @@ class HttpApi:
             if query.wal_last_modified:
                 entry["wal_last_modified"] = await asyncio.to_thread(wal_last_modified, timeline.directory)
             timelines.append(entry)
-        config = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(self._config).items()}
         return json_response(
             {
                 "start_time": started,
                 "finish_time": now_text(),
                 "timelines": timelines,
                 "timelines_count": len(self._timelines.all()),
-                "config": config,
+                "config": config_dump(self._config),
             }
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import prometheus_client
 
 from neon_services import __version__
+from neon_services.ground import failpoints
 from neon_services.ground.durable import replace_durably
 from neon_services.ground.errors import ConfigError
 from neon_services.ground.net import parse_endpoint, parse_host_port
@@ -25,6 +26,7 @@ from neon_services.safekeeper.access import add_access_options, read_access
 from neon_services.safekeeper.config import OffloadConfig, SafekeeperConfig
 from neon_services.safekeeper.control_file import ControlFile
 from neon_services.safekeeper.server import SafekeeperServer
+from neon_services.safekeeper.startup_recovery import TOKEN_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +44,8 @@ class _LaterOption:
 
 
 _LATER = (
-    _LaterOption("--hcc-base-url", ("",)),
     _LaterOption("--max-delta-for-fanout"),
-    _LaterOption("--force-metric-collection-on-scrape", ("true",)),
     _LaterOption("--wal-reader-fanout", takes_value=False),
-    _LaterOption("--enable-pull-timeline-on-startup", takes_value=False),
 )
 
 
@@ -88,6 +87,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-timeline-disk-usage-bytes", type=int, default=0, metavar="BYTES", help="WAL of one timeline; 0: no limit")
     add("--max-global-disk-usage-ratio", type=float, default=0.0, metavar="RATIO", help="of the file system; 0: no limit")
     add("--global-disk-check-interval", default="60s", metavar="DURATION")
+    add("--enable-pull-timeline-on-startup", action="store_true",
+        help="ask --hcc-base-url which timelines should be here, and copy those that are not from their members")  # fmt: skip
+    add("--hcc-base-url", metavar="URL", help=f"the control plane; environment variable {TOKEN_VARIABLE}: a token for it")
+    add("--force-metric-collection-on-scrape", default="true", metavar="true|false",
+        help="false: /metrics gives what is collected every 30 s, unless it is asked with use_latest=true")  # fmt: skip
     add("--log-format", choices=["plain", "json"], default="plain")
     add("--current-thread-runtime", action="store_true", help="always so here")
     add("--dev", action="store_true", help="accepted; changes nothing here")
@@ -117,8 +121,10 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
             raise ConfigError(f"{option} must be longer than 0")
         return value
 
-    if arguments.peer_recovery not in ("true", "false"):
-        raise ConfigError(f"--peer-recovery: {arguments.peer_recovery!r} is neither true nor false")
+    for option in ("--peer-recovery", "--force-metric-collection-on-scrape"):
+        value = getattr(arguments, option.removeprefix("--").replace("-", "_"))
+        if value not in ("true", "false"):
+            raise ConfigError(f"{option}: {value!r} is neither true nor false")
 
     def number(option: str, least: int) -> int:
         value = getattr(arguments, option.removeprefix("--").replace("-", "_"))
@@ -127,6 +133,11 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         return int(value)
 
     parse_endpoint(arguments.broker_endpoint, what="--broker-endpoint")
+    recovery_url = arguments.hcc_base_url or None
+    if arguments.enable_pull_timeline_on_startup != (recovery_url is not None):
+        raise ConfigError("--enable-pull-timeline-on-startup and --hcc-base-url URL need each other: give both or none")
+    if recovery_url is not None:
+        parse_endpoint(recovery_url, what="--hcc-base-url")
     if not 0.0 <= arguments.max_global_disk_usage_ratio <= 1.0:
         raise ConfigError(f"--max-global-disk-usage-ratio must be from 0 to 1, not {arguments.max_global_disk_usage_ratio}")
     remote_storage = parse_remote_storage_option(arguments.remote_storage) if arguments.remote_storage else None
@@ -170,6 +181,8 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         max_timeline_disk_usage_bytes=number("--max-timeline-disk-usage-bytes", 0),
         max_global_disk_usage_ratio=arguments.max_global_disk_usage_ratio,
         global_disk_check_interval_s=seconds("--global-disk-check-interval"),
+        force_metric_collection_on_scrape=arguments.force_metric_collection_on_scrape == "true",
+        startup_recovery_url=recovery_url,
     )
 
 
@@ -219,6 +232,7 @@ async def _serve(arguments: argparse.Namespace, servers: list[SafekeeperServer])
     if arguments.dump_control_file is not None:
         return dump_control_file(Path(arguments.dump_control_file))
     _refuse_later_options(arguments)
+    failpoints.enable_from_environment()
     datadir = _enter_datadir(arguments.datadir)
     lock = PidFile(datadir / PID_FILE)
     node_id = read_or_write_id(datadir, arguments.id)

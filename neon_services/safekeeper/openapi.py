@@ -7,6 +7,7 @@ because Neon's clients of other versions send them.
 from typing import Any
 
 from neon_services import __version__
+from neon_services.ground.debug_http import MAX_FREQUENCY_HZ, MAX_SECONDS
 from neon_services.protocols.safekeeper_messages import MAX_MEMBERS
 from neon_services.safekeeper.http_access import Needs, needs
 from neon_services.safekeeper.http_fields import TIMELINE_PATH
@@ -150,8 +151,21 @@ class _Operations:
 def _paths() -> dict[str, dict[str, Any]]:
     add = (operations := _Operations()).add
     found = (404,)
-    add("get", "/metrics", "Metrics", TEXT, content="text/plain")
+    latest = (_parameter("use_latest", "query", _FLAG),)
+    add("get", "/metrics", "Metrics", TEXT, query=latest, content="text/plain")
     add("get", "/v1/openapi.json", "This document", ANYTHING)
+    pprof = _parameter("format", "query", {"enum": ["pprof"]})
+    cpu = (
+        pprof,
+        _parameter("seconds", "query", {"type": "integer", "minimum": 1, "maximum": MAX_SECONDS}),
+        _parameter("frequency", "query", {"type": "integer", "minimum": 1, "maximum": MAX_FREQUENCY_HZ}),
+        _parameter("force", "query", _FLAG),
+    )
+    binary = "application/octet-stream"
+    add("get", "/profile/cpu", "Where processor time goes, as gzipped pprof", TEXT, query=cpu, errors=(409,), content=binary)
+    add("get", "/profile/heap", "What memory holds, as gzipped pprof", TEXT, query=(pprof,), errors=(412,), content=binary)
+    body = _list(_object({"name": TEXT, "actions": TEXT}))
+    add("put", "/v1/failpoints", "Set failpoints, in processes that were started for tests", NULL, body=body)
     add("get", "/v1/status", "Who I am, and why WAL is refused, if it is", _object({"id": U64}, {"wal_refused": TEXT}))
     add("get", "/v1/utilization", "How much there is here", _object({"timeline_count": U64}))
     usage = _object({"data_dir": TEXT, "capacity_bytes": U64, "usage_bytes": U64})
@@ -167,7 +181,7 @@ def _paths() -> dict[str, dict[str, Any]]:
     )
     add("get", "/v1/debug_dump", "Everything known about timelines", dump, query=query)
     create = _ref("TimelineCreateRequest")
-    add("post", "/v1/tenant/timeline", "Create a timeline; an existing one is fine", NULL, body=create, errors=(403, 409))
+    add("post", "/v1/tenant/timeline", "Create a timeline; an existing one is fine", NULL, body=create, errors=(403, 409, 412))
     add("get", "/v1/tenant/timeline", "All timelines", _list(_object({"tenant_id": ID, "timeline_id": ID})))
     local = (_parameter("only_local", "query", _FLAG),)
     removed = {"type": "object", "additionalProperties": _ref("Deleted")}

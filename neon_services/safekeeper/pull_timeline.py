@@ -21,11 +21,13 @@ from pathlib import Path
 
 from neon_services.ground.errors import CorruptionError, NeonError, StaleGeneration
 from neon_services.ground.ids import TenantTimelineId
-from neon_services.ground.lsn import format_lsn
+from neon_services.ground.lsn import WAL_SEGMENT_SIZE, format_lsn
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration
 from neon_services.safekeeper import metrics
+from neon_services.safekeeper.offloaded_segment import bring_back
 from neon_services.safekeeper.peer_client import PeerAccess, PeerClient, PeerError, PeerStatus
-from neon_services.safekeeper.snapshot_unpack import SnapshotUnpacker, Unpacked
+from neon_services.safekeeper.remote_wal import RemoteWal
+from neon_services.safekeeper.snapshot_unpack import SnapshotUnpacker, Unpacked, make_resident
 from neon_services.safekeeper.timelines import Timelines
 
 log = logging.getLogger(__name__)
@@ -159,14 +161,23 @@ class TimelinePuller:
         return found
 
     async def _copy(self, request: PullRequest, donor: PeerClient, staged: Path, promised: int) -> Unpacked:
-        unpacker = SnapshotUnpacker(staged, request.ttid, sync=self._sync)
+        storage = self._timelines.storage
+        unpacker = SnapshotUnpacker(staged, request.ttid, sync=self._sync, node_id=self._node_id, bucket=storage is not None)
         try:
             async with contextlib.aclosing(donor.snapshot(request.ttid, self._node_id)) as pieces:
                 async for piece in pieces:
                     await asyncio.to_thread(unpacker.feed, piece)
-            return await asyncio.to_thread(unpacker.finish, request.mconf, promised)
+            unpacked = await asyncio.to_thread(unpacker.finish, request.mconf, promised)
         finally:
             unpacker.close()
+        control = unpacked.control
+        if control.offloaded_flush_lsn is None:
+            return unpacked
+        # the copy of an evicted timeline is checked like any other, and evicted again by this node when it is time
+        size = control.acceptor.wal_seg_size or WAL_SEGMENT_SIZE
+        assert storage is not None
+        await bring_back(staged, control, size, RemoteWal(storage, request.ttid), sync=self._sync)
+        return await asyncio.to_thread(make_resident, staged, unpacked, size, sync=self._sync)
 
     def _publish(self, request: PullRequest, staged: Path, unpacked: Unpacked, donor: PeerClient) -> str | None:
         mconf = unpacked.control.acceptor.mconf

@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from neon_services.ground import failpoints
 from neon_services.ground.durable import replace_durably, sync_directory
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.remote_storage import RemoteStorage, RemoteStorageError
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 DIRECTORY = "deleting"
 BATCH = 1000
 FIRST_RETRY_S, MAX_RETRY_S = 0.1, 60.0
+_BEFORE_DELETION = failpoints.declare("sk-delete-timeline-remote-pause", can_wait=True)
+_DELETION = failpoints.declare("sk-delete-timeline-remote")
 
 
 class RemoteDeletion:
@@ -86,6 +89,9 @@ class RemoteDeletion:
                 delay = min(2 * delay, MAX_RETRY_S)
 
     async def _delete_objects(self, ttid: TenantTimelineId) -> bool:
+        await _BEFORE_DELETION.reach()
+        if _DELETION.hit() is not None:
+            raise RemoteStorageError("failpoint: sk-delete-timeline-remote")
         keys = await self._storage.list_keys(timeline_prefix(ttid))
         for first in range(0, len(keys), BATCH):
             if self._timelines.find(ttid) is not None:

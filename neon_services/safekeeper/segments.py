@@ -6,11 +6,13 @@ metadata), synced, and only then renamed. ``<name>.partial`` is a segment that i
 """
 
 import contextlib
+import errno
 import logging
 import os
 from concurrent.futures import Future, wait
 from pathlib import Path
 
+from neon_services.ground import failpoints
 from neon_services.ground.disk import REAL_DISK, Disk, write_all
 from neon_services.ground.lsn import parse_segment_file_name, segment_file_name
 
@@ -20,6 +22,7 @@ PARTIAL_SUFFIX = ".partial"
 SCRATCH_NAME = "waltmp"
 DOWNLOAD_NAME = "remote_partial.tmp"
 _ZEROS = bytes(1024 * 1024)
+_ZERO_SEGMENT = failpoints.declare("sk-zero-segment")
 
 
 class SegmentDirectory:
@@ -97,6 +100,8 @@ class SegmentDirectory:
         scratch = self.path / SCRATCH_NAME
         descriptor = self.disk.open(scratch, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
+            if _ZERO_SEGMENT.hit() is not None:
+                raise OSError(errno.EIO, "failpoint: sk-zero-segment")
             self._fill_with_zeros(descriptor, 0)
             if self.sync:
                 self.disk.fsync(descriptor)

@@ -19,9 +19,12 @@ from neon_services.safekeeper.listeners import Listeners
 from neon_services.safekeeper.manager import Manager
 from neon_services.safekeeper.offload import Offload
 from neon_services.safekeeper.peer_recovery import PeerRecovery
+from neon_services.safekeeper.pull_timeline import TimelinePuller
 from neon_services.safekeeper.remote_deletion import RemoteDeletion
+from neon_services.safekeeper.startup_recovery import StartupRecovery
 from neon_services.safekeeper.timeline_metrics import TimelineCollector
 from neon_services.safekeeper.timelines import Timelines
+from neon_services.safekeeper.traffic import TRAFFIC
 from neon_services.safekeeper.wal_service import WalServiceHandler
 from neon_services.storage_broker.client import BrokerClient
 
@@ -77,10 +80,13 @@ class SafekeeperServer:
         if self._remote_deletion is not None:
             self._remote_deletion.resume()
         loops = BrokerLoops(config, self.timelines, self._broker)
+        recovery = self._startup_recovery()  # before anybody can create timelines
+        api = HttpApi(config, self.timelines, self._remote_deletion)
         await self._listeners.start(
-            lambda connection, access: WalServiceHandler(self.timelines, connection, access),
-            HttpApi(config, self.timelines, self._remote_deletion).application,
+            lambda connection, access: WalServiceHandler(self.timelines, connection, access), api.application
         )
+        TRAFFIC.availability_zone = config.availability_zone
+        prometheus_client.REGISTRY.register(TRAFFIC)
         prometheus_client.REGISTRY.register(TimelineCollector(self.timelines))
         self._tasks = [
             asyncio.create_task(manager.run(), name="manager"),
@@ -88,8 +94,20 @@ class SafekeeperServer:
             asyncio.create_task(guard.run(), name="disk guard"),
             asyncio.create_task(self._listeners.run(), name="reloading of keys and certificates"),
         ]
+        if recovery is not None:
+            self._tasks.append(asyncio.create_task(recovery.run(), name="startup recovery"))
+        if not config.force_metric_collection_on_scrape:
+            self._tasks.append(asyncio.create_task(api.metrics.run(), name="metrics collection"))
         if config.peer_recovery:
             self._tasks.append(asyncio.create_task(PeerRecovery(config, self.timelines).run(), name="peer recovery"))
+
+    def _startup_recovery(self) -> StartupRecovery | None:
+        config = self._config
+        if config.startup_recovery_url is None:
+            return None
+        peers = config.access.peers()
+        puller = TimelinePuller(self.timelines, config.node_id, sync=config.sync, access=peers)
+        return StartupRecovery(config.node_id, self.timelines, puller, config.startup_recovery_url, access=peers)
 
     @staticmethod
     def _open_storage(table: dict[str, Any]) -> RemoteStorage:

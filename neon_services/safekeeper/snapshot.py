@@ -15,6 +15,7 @@ import os
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
+from neon_services.ground import failpoints
 from neon_services.ground.errors import Cancelled, NeonError
 from neon_services.ground.lsn import Lsn, format_lsn, segment_file_name
 from neon_services.safekeeper.control_file import FILE_NAME, ControlFile
@@ -25,6 +26,7 @@ from neon_services.safekeeper.wal_reader import WalNotHere
 
 MAX_SEGMENTS = 1000
 CHUNK_BYTES = 1024 * 1024
+_AFTER_LIST = failpoints.declare("sk-snapshot-after-list-pausable", can_wait=True)
 
 
 class SnapshotRefused(NeonError):
@@ -73,6 +75,7 @@ class Snapshot:
     async def stream(self) -> AsyncGenerator[bytes]:
         """The archive in pieces. Raises SnapshotAborted, WalNotHere, Cancelled or OSError."""
         yield member_header(FILE_NAME, len(self._control)) + self._control + member_padding(len(self._control))
+        await _AFTER_LIST.reach()
         size = self._timeline.segment_size
         for segment in self.segments:
             length = min(size, self.end_lsn - segment * size)

@@ -3,6 +3,9 @@
 Invariant: ``finish`` returns only when the directory holds a whole, durable timeline: its control file belongs to the timeline,
 its segments are full and without gaps, their bytes are valid WAL up to a record's end that is not below commit_lsn, and
 nothing but zeros follows that end. Used by one thread at a time; ``close`` may come from another one.
+
+A donor of Neon's sends an evicted timeline without WAL: it has copied the last segment in the bucket to a name of the
+destination's. Then ``finish`` gives a directory that is whole only after offloaded_segment.bring_back and ``make_resident``.
 """
 
 import os
@@ -28,7 +31,8 @@ from neon_services.ground.lsn import (
     segment_file_name,
 )
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration
-from neon_services.safekeeper.control_file import FILE_NAME, MAX_BYTES, ControlFile
+from neon_services.safekeeper.control_file import FILE_NAME, MAX_BYTES, ControlFile, PartialSegment
+from neon_services.safekeeper.offloaded_segment import UPLOADED, uploaded_partial
 from neon_services.safekeeper.segments import PARTIAL_SUFFIX
 from neon_services.safekeeper.snapshot import MAX_SEGMENTS
 from neon_services.safekeeper.snapshot_tar import Member, MemberEnd, TarReader
@@ -56,7 +60,12 @@ class Unpacked:
 class SnapshotUnpacker:
     """Feed it the stream; then ``finish``."""
 
-    def __init__(self, directory: Path, ttid: TenantTimelineId, *, sync: bool = True) -> None:
+    def __init__(
+        self, directory: Path, ttid: TenantTimelineId, *, sync: bool = True, node_id: int | None = None, bucket: bool = False
+    ) -> None:
+        """``node_id``: whose copy it will be; ``bucket``: whether this node can read object storage."""
+        self._node_id = node_id
+        self._bucket = bucket
         self._directory = directory
         self._ttid = ttid
         self._sync = sync
@@ -119,10 +128,29 @@ class SnapshotUnpacker:
             self._control = ControlFile.decode(bytes(self._control_bytes), name=f"{FILE_NAME} of the snapshot")
             if self._control.ttid != self._ttid:
                 raise CorruptionError(f"the snapshot is of timeline {self._control.ttid}, not of {self._ttid}")
-            if self._control.offloaded_flush_lsn is not None:
-                raise CorruptionError(f"the snapshot of timeline {self._ttid} is without its WAL, which is in object storage")
+            self._check_offloaded(self._control)
             return
         self._end_file()
+
+    def _check_offloaded(self, control: ControlFile) -> None:
+        """What is without its WAL must say where the WAL is, for this node."""
+        end = control.offloaded_flush_lsn
+        if end is None:
+            return
+        without = f"the snapshot of timeline {self._ttid} is without its WAL, which is in object storage"
+        if not self._bucket:
+            raise CorruptionError(f"{without}, and this safekeeper has no --remote-storage")
+        if uploaded_partial(replace(control, partial_backup=self._own_parts(control)), end) is None:
+            raise CorruptionError(f"{without}, and it names no object there for safekeeper {self._node_id}")
+        if control.acceptor.commit_lsn > end:
+            raise CorruptionError(
+                f"{without} up to {format_lsn(end)}, before commit_lsn {format_lsn(control.acceptor.commit_lsn)}"
+            )
+
+    def _own_parts(self, control: ControlFile) -> tuple[PartialSegment, ...]:
+        """Objects in the bucket that the donor made for this node; the others stay the donor's to delete."""
+        ending = f"_sk{self._node_id}.partial"
+        return tuple(part for part in control.partial_backup if part.status == UPLOADED and part.name.endswith(ending))
 
     def _end_file(self) -> None:
         if self._file is not None:
@@ -147,16 +175,20 @@ class SnapshotUnpacker:
             if not self._reader.complete or control is None:
                 raise CorruptionError(f"the snapshot of timeline {self._ttid} ends before its end")
             flush_lsn, state = self._checked_end(control), control.acceptor
-            self._check_recovery(state.commit_lsn, flush_lsn)
+            if control.offloaded_flush_lsn is None:
+                check_recovery(self._directory, self._segment_size, state.commit_lsn, flush_lsn)
             if self._first >= 0:
                 # what lies before was never on this disk: readers and the choice of who offloads WAL must know
                 state = replace(state, local_start_lsn=Lsn(max(state.local_start_lsn, self._first * self._segment_size)))
+            elif control.offloaded_flush_lsn is not None:
+                last = flush_lsn - flush_lsn % self._segment_size
+                state = replace(state, local_start_lsn=Lsn(max(state.local_start_lsn, last)))
             elif flush_lsn > state.local_start_lsn:
                 state = replace(state, local_start_lsn=flush_lsn)
             if mconf is not None and mconf.generation > state.mconf.generation:
                 state = replace(state, mconf=mconf)
             state = replace(state, term=max(state.term, promised))
-            adopted = replace(control, acceptor=state, partial_backup=())
+            adopted = replace(control, acceptor=state, partial_backup=self._own_parts(control))
             adopted.save(self._directory, sync=self._sync)
             if self._sync:
                 sync_directory(self._directory)
@@ -164,6 +196,12 @@ class SnapshotUnpacker:
 
     def _checked_end(self, control: ControlFile) -> Lsn:
         commit_lsn = control.acceptor.commit_lsn
+        if control.offloaded_flush_lsn is not None:
+            if self._wal is not None:
+                raise CorruptionError(
+                    f"the snapshot of timeline {self._ttid} has WAL that is said to be in object storage only"
+                )
+            return control.offloaded_flush_lsn
         if self._wal is None:
             return commit_lsn
         first_lsn = self._wal.start
@@ -176,17 +214,6 @@ class SnapshotUnpacker:
             raise CorruptionError(f"the snapshot's WAL ends at {format_lsn(end)}, before commit_lsn {format_lsn(commit_lsn)}")
         return end
 
-    def _check_recovery(self, commit_lsn: Lsn, flush_lsn: Lsn) -> None:
-        """What a boot will find must be what was copied."""
-        store = WalStore(self._directory, self._segment_size, sync=False)
-        store.recover(commit_lsn)
-        store.close()
-        if store.flush_lsn != flush_lsn:
-            raise CorruptionError(
-                f"the snapshot's WAL ends at {format_lsn(flush_lsn)}, but read from commit_lsn {format_lsn(commit_lsn)} "
-                f"at {format_lsn(store.flush_lsn)}"
-            )
-
     def close(self) -> None:
         """Let go of the files."""
         with self._lock:
@@ -194,6 +221,28 @@ class SnapshotUnpacker:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def check_recovery(directory: Path, segment_size: int, commit_lsn: Lsn, flush_lsn: Lsn) -> None:
+    """What a boot will find must be what was copied. Raises CorruptionError, OSError."""
+    store = WalStore(directory, segment_size, sync=False)
+    store.recover(commit_lsn)
+    store.close()
+    if store.flush_lsn != flush_lsn:
+        raise CorruptionError(
+            f"the snapshot's WAL ends at {format_lsn(flush_lsn)}, but read from commit_lsn {format_lsn(commit_lsn)} "
+            f"at {format_lsn(store.flush_lsn)}"
+        )
+
+
+def make_resident(directory: Path, unpacked: Unpacked, segment_size: int, *, sync: bool) -> Unpacked:
+    """The last segment of an evicted timeline's copy is there now: the directory is whole. Raises CorruptionError, OSError."""
+    check_recovery(directory, segment_size, unpacked.control.acceptor.commit_lsn, unpacked.flush_lsn)
+    control = replace(unpacked.control, offloaded_flush_lsn=None)
+    control.save(directory, sync=sync)
+    if sync:
+        sync_directory(directory)
+    return Unpacked(control, unpacked.flush_lsn, 1)
 
 
 class _WalCheck:

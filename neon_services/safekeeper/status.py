@@ -1,11 +1,14 @@
 """What the HTTP API says about timelines: TimelineStatus and the debug dump, in Neon's JSON shapes."""
 
+import contextlib
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from neon_services.ground.lsn import format_lsn
+from neon_services.safekeeper.config import SafekeeperConfig
+from neon_services.safekeeper.control_file import FILE_NAME
 from neon_services.safekeeper.timeline import Timeline
 
 
@@ -72,30 +75,48 @@ def _manager_status(timeline: Timeline) -> str:
     return "Active" if timeline.active else "Inactive"
 
 
-def disk_content(directory: Path) -> dict[str, Any]:
-    """The files of a timeline. Reads them, so it belongs into a thread. Raises OSError."""
+def disk_content(directory: Path) -> dict[str, Any] | None:
+    """The files of a timeline; None when it has just been deleted. Reads them, so it belongs into a thread. Raises OSError."""
     files = []
-    for path in sorted(directory.iterdir()):
-        details = path.stat()
-        start_zeroes, end_zeroes = _zero_edges(path)
-        files.append(
-            {
-                "name": path.name,
-                "size": details.st_size,
-                "created": _time(details.st_ctime),
-                "modified": _time(details.st_mtime),
-                "start_zeroes": start_zeroes,
-                "end_zeroes": end_zeroes,
-            }
-        )
+    try:
+        paths = sorted(directory.iterdir())
+    except FileNotFoundError:
+        return None
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # segments are completed and removed while we look
+            details = path.stat()
+            start_zeroes, end_zeroes = _zero_edges(path)
+            files.append(
+                {
+                    "name": path.name,
+                    "size": details.st_size,
+                    "created": _time(details.st_ctime),
+                    "modified": _time(details.st_mtime),
+                    "start_zeroes": start_zeroes,
+                    "end_zeroes": end_zeroes,
+                }
+            )
     return {"files": files}
 
 
 def _zero_edges(path: Path) -> tuple[int, int]:
-    """How many zero bytes the file begins and ends with."""
+    """How many zero bytes the file begins with, and how many follow behind the last other byte."""
     data = path.read_bytes()
-    end = len(data) - len(data.rstrip(b"\0"))
-    return len(data) - len(data.lstrip(b"\0")), end
+    content = data.rstrip(b"\0")
+    return (len(data) - len(data.lstrip(b"\0")), len(data) - len(content)) if content else (len(data), 0)
+
+
+def config_dump(config: SafekeeperConfig) -> dict[str, Any]:
+    """What may be known about how this process was started: no paths of keys, no storage's address, no tokens."""
+    return {
+        "id": config.node_id,
+        "workdir": str(config.datadir),
+        "listen_pg_addr": "{}:{}".format(*config.listen_pg),
+        "listen_http_addr": "{}:{}".format(*config.listen_http),
+        "no_sync": not config.sync,
+        "max_offloader_lag_bytes": config.offload.max_offloader_lag,
+        "wal_backup_enabled": config.offload.wal_backup and config.remote_storage is not None,
+    }
 
 
 def _time(seconds: float) -> str:
@@ -108,6 +129,11 @@ def now_text() -> str:
 
 
 def wal_last_modified(directory: Path) -> str | None:
-    """When WAL was last written. Raises OSError."""
-    times = [path.stat().st_mtime for path in directory.iterdir() if path.name != "safekeeper.control"]
+    """When WAL was last written; None when there is none. Raises OSError."""
+    times = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in directory.iterdir():
+            if path.name != FILE_NAME:
+                with contextlib.suppress(FileNotFoundError):
+                    times.append(path.stat().st_mtime)
     return _time(max(times)) if times else None

@@ -1,5 +1,6 @@
 """Metrics of each broker-active timeline, and counts of timelines, read from the timelines when somebody asks."""
 
+import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -53,6 +54,7 @@ class TimelineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """All metrics of this moment."""
+        started = time.perf_counter()
         everything = self._timelines.all()
         active = [timeline for timeline in everything if timeline.active]
         yield GaugeMetricFamily("safekeeper_timelines", "Timelines on this safekeeper", value=len(everything))
@@ -71,3 +73,7 @@ class TimelineCollector(Collector):
             for timeline in active:
                 counter.add_metric([str(timeline.ttid.tenant_id), str(timeline.ttid.timeline_id)], float(value(timeline)))
             yield counter
+        seconds = time.perf_counter() - started
+        yield GaugeMetricFamily(
+            "safekeeper_collect_timeline_metrics_seconds", "Seconds to collect these metrics", value=seconds
+        )

@@ -36,6 +36,10 @@ class TimelineDeleted(NeonError):
     """The timeline was deleted here not long ago and must not come back by itself."""
 
 
+class TimelineAwaited(NeonError):
+    """The timeline should be here and is not yet: it must not begin anew."""
+
+
 class TimelineBroken(NeonError):
     """The timeline's files are unusable."""
 
@@ -66,6 +70,8 @@ class Timelines:
         self.storage: RemoteStorage | None = None
         #: Why no timeline accepts WAL at the moment; None when the disk has room.
         self.disk_refusal: str | None = None
+        #: Why a timeline that is not here must not be made as a new one; None when it may be.
+        self.why_not_new: Callable[[TenantTimelineId], str | None] = lambda _: None
 
     def load(self) -> None:
         """Open everything in the data directory; a broken timeline is logged and kept apart. Raises OSError."""
@@ -131,10 +137,15 @@ class Timelines:
     # -- creating
 
     def create(self, ttid: TenantTimelineId, state: AcceptorState) -> Timeline:
-        """The timeline; a new one with this state when it is absent. Raises TimelineDeleted, TimelineBroken, OSError."""
+        """The timeline; a new one with this state when it is absent.
+
+        Raises TimelineDeleted, TimelineAwaited, TimelineBroken, OSError.
+        """
         existing = self.find_or_admit(ttid, state.mconf.generation)
         if existing is not None:
             return existing
+        if (reason := self.why_not_new(ttid)) is not None:
+            raise TimelineAwaited(reason)
         staged = self.stage(ttid)
         try:
             ControlFile(ttid, state).save(staged, sync=self._sync)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from neon_services.ground import failpoints
 from neon_services.ground.errors import Cancelled, NeonError
 from neon_services.ground.ids import TimelineId
 from neon_services.ground.lsn import Lsn, format_lsn, segment_file_name
@@ -22,6 +23,7 @@ FIRST_BACKOFF_S = 0.01
 MAX_BACKOFF_S = 5.0
 #: No more than so many bytes of one timeline are in memory at a time.
 MAX_BYTES_IN_FLIGHT = 128 * 1024 * 1024
+_BEFORE_UPLOADS = failpoints.declare("backup-lsn-range-pausable", can_wait=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class WalBackup:
         timeline, acceptor = self._timeline, self._timeline.acceptor
         end = (segment + 1) * timeline.segment_size
         failures = 0
+        await _BEFORE_UPLOADS.reach()
         while acceptor.backup_lsn < end and not timeline.cancelled:  # else another member was faster
             try:
                 async with self._permits:

@@ -21,6 +21,7 @@ from neon_services.protocols.safekeeper_messages_v2 import PROTOCOL_VERSION_2
 from neon_services.safekeeper import metrics, pg_access
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
+from neon_services.safekeeper.traffic import TRAFFIC
 from neon_services.safekeeper.walreceiver import V2, V3, WalReceiver
 from neon_services.safekeeper.walsender import WalSender
 
@@ -64,6 +65,7 @@ class WalServiceHandler:
         self._claims = await self._access.admit(self._connection)
         self._options = message.options()
         self._appname = message.parameters.get("application_name") or None
+        TRAFFIC.begin(self._connection, self._options.get("availability_zone"), self._appname)
         if "protocol" in self._options and '"vanilla"' not in self._options["protocol"]:
             raise pgwire.ServerError("0A000", "the interpreted WAL protocol is not supported yet: use vanilla")
 
@@ -93,6 +95,7 @@ class WalServiceHandler:
 
     def connection_lost(self) -> None:
         """Flush what a proposer wrote."""
+        TRAFFIC.end(self._connection)
         if self._receiver is not None:
             self._receiver.close()
 

@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from neon_services.ground.disk import REAL_DISK, Disk, write_all
 from neon_services.ground.errors import NeonError, ProtocolViolation
@@ -34,6 +35,10 @@ from neon_services.wal.scanner import WalScanner
 log = logging.getLogger(__name__)
 
 RECOVERY_CHUNK_BYTES = 1024 * 1024
+_INITIALIZE_FIRST, _INITIALIZE, _TRUNCATE = (
+    metrics.WAL_STORAGE_OPERATION_SECONDS.labels(operation)
+    for operation in ("initialize_first_segment", "initialize_segment", "truncate_wal")
+)
 
 
 class WalStoreError(NeonError):
@@ -139,7 +144,7 @@ class WalStore:
         """Begin the empty log at this position, durably; page headers in front of it let tools read the first segment."""
         if self._write_lsn:
             raise WalStoreError(f"{self.segments.path}: the log is not empty: it ends at {format_lsn(self._write_lsn)}")
-        with self._disk_errors("initializing the log"):
+        with _INITIALIZE_FIRST.time(), self._disk_errors("initializing the log"):
             self._open_segment_at(lsn, pg_version, system_id)
             self._move_to(lsn)
 
@@ -166,8 +171,10 @@ class WalStore:
             raise ProtocolViolation(f"WAL at {format_lsn(begin_lsn)} does not follow {format_lsn(self._write_lsn)}")
         try:
             self._scanner.feed(data)
-        except WalDecodeError as error:
+        except BaseException as error:  # where the scanner stands is not known then
             self._must_truncate = True
+            if not isinstance(error, WalDecodeError):
+                raise
             raise ProtocolViolation(f"the proposer sent bytes at {format_lsn(begin_lsn)} that are not WAL: {error}") from error
         self._pending.append(data)
         self._pending_bytes += len(data)
@@ -216,8 +223,8 @@ class WalStore:
                     self._complete_segment()
                 elif offset + length > size // 4:
                     self.segments.prepare()
-        except OSError as error:
-            raise self._failed("writing the log", error) from error
+        except BaseException as error:
+            self._give_up("writing the log", error)
         self._account(count, time.perf_counter() - started, dsync)
 
     def _write_part(self, views: list[memoryview | bytes], offset: int, length: int, flags: int) -> None:
@@ -250,7 +257,8 @@ class WalStore:
     def _switch_segment(self, segment: int) -> None:
         self._close()
         self.segments.complete_before(segment)
-        self._descriptor, self._segment = self.segments.create(segment), segment
+        with _INITIALIZE.time():
+            self._descriptor, self._segment = self.segments.create(segment), segment
         self.on_segment()
 
     def _complete_segment(self) -> None:
@@ -273,18 +281,23 @@ class WalStore:
     def _disk_errors(self, what: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            raise self._failed(what, error) from error
+        except BaseException as error:
+            self._give_up(what, error)
 
-    def _failed(self, what: str, error: OSError) -> WalStoreError:
-        """A failed operation leaves the log as it was at flush_lsn, closed for writing."""
+    def _give_up(self, what: str, error: BaseException) -> NoReturn:
+        """A failed operation leaves the log as it was at flush_lsn, closed for writing.
+
+        Also after what nobody foresaw: the bytes are not there, and no flush may say they are.
+        """
         self._must_truncate = self._distrusts_cache = True
         self._pending.clear()
         self._pending_bytes = 0
         self._move_to(self._flush_lsn)
         self._close()
+        if not isinstance(error, OSError):
+            raise error
         metrics.WAL_DISK_IO_ERRORS.inc()
-        return WalStoreError(f"{what} in {self.segments.path} failed: {error.strerror or error}")
+        raise WalStoreError(f"{what} in {self.segments.path} failed: {error.strerror or error}") from error
 
     # -- cutting
 
@@ -302,7 +315,7 @@ class WalStore:
             return
         self.write_out()
         self._must_truncate = True
-        with self._disk_errors("cutting the log"):
+        with _TRUNCATE.time(), self._disk_errors("cutting the log"):
             self._close()
             self._move_to(lsn)
             segment, offset = divmod(lsn, self._segment_size)

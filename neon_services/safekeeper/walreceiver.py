@@ -32,6 +32,8 @@ from neon_services.safekeeper.timelines import TimelineNotFound, Timelines
 
 log = logging.getLogger(__name__)
 
+_HANDLED = metrics.PROPOSER_ACCEPTOR_MESSAGES.labels("success")
+
 
 class Codec(NamedTuple):
     """How a version of the protocol reads what proposers send and writes the answers."""
@@ -64,6 +66,7 @@ class WalReceiver:
         self._parse, self._pack = codec
         self._state = WalReceiverState(send=connection.send_copy_data, close=self._end, pack=codec.pack)
         self._wrote = False
+        self._handled = 0  # messages of this batch
         self._clock = asyncio.get_running_loop().time
         #: When the last message came, by the event loop's clock.
         self.heard_at = self._clock()
@@ -115,6 +118,7 @@ class WalReceiver:
             self._wrote = True
         for reply in timeline.run(timeline.acceptor.handle(self._state.proposer, message)):
             self._connection.send_copy_data(self._pack(reply))
+        self._handled += 1
         if isinstance(message, ProposerElected) and timeline.acceptor.is_streaming(self._state.proposer):
             start = format_lsn(message.start_streaming_at)
             log.info(
@@ -149,6 +153,8 @@ class WalReceiver:
     def _on_batch_end(self) -> None:
         timeline = self._timeline
         self.heard_at = self._clock()
+        _HANDLED.inc(self._handled)
+        self._handled = 0
         if timeline is None or not self._wrote:
             return
         self._wrote = False

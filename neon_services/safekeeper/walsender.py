@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 
+from neon_services.ground import failpoints
 from neon_services.ground.errors import Cancelled, NeonError
 from neon_services.ground.lsn import INVALID_LSN, XLOG_BLCKSZ, Lsn, format_lsn
 from neon_services.ground.pgtime import to_postgres_us
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 KEEPALIVE_INTERVAL_S = 1.0
 IDLE_TIMEOUT_S = 600.0
 PAGESERVER_REST_S = 0.01
+_PAUSE_SEND = failpoints.declare("sk-pause-send")  # everybody but pageservers gets no WAL
+_REPLICA_SLEEP = failpoints.declare("sk-send-wal-replica-sleep", can_wait=True)  # return(ms): after each message
 
 
 def next_chunk_end(position: int, end: int, segment_size: int) -> int:
@@ -74,8 +77,8 @@ class WalSender:
                 f"is at {format_lsn(timeline.first_available_lsn)}"
             )
         self._end_position()  # a wrong term is refused before the stream begins
-        kind = "commit" if self._term is None else "term"
-        gauge = metrics.WAL_READERS.labels(kind, (self._appname or "unknown").split("-")[0])
+        # Neon's word for a reader that is not shared; the target without its number, for clients choose it
+        gauge = metrics.WAL_READERS.labels("future", (self._appname or "unknown").split("-")[0])
         gauge.inc()
         timeline.senders[self._state.conn_id] = self._state
         reader = timeline.reader()
@@ -108,6 +111,8 @@ class WalSender:
             self._news.clear()
             self._check_end()
             end = self._end_position()
+            if _PAUSE_SEND.actions is not None and self._is_held_back():
+                end = self._position
             if self._position < end:
                 await self._send(reader, end)
                 self._rest()
@@ -135,6 +140,9 @@ class WalSender:
             connection.write(pgwire.copy_data_header(XLOG_DATA_HEADER_BYTES + len(data)) + header + data)
             self._position = Lsn(chunk_end)
             await self._drain()
+            if _REPLICA_SLEEP.actions is not None and self._appname == "replica":
+                hit = await _REPLICA_SLEEP.reach()
+                await _REPLICA_SLEEP.wait_ms(None if hit is None else hit.value)
 
     def _rest(self) -> None:
         if self._state.pageserver is not None and self._term is None and not self._resting:
@@ -150,6 +158,10 @@ class WalSender:
         """A position moved: not worth a sending of its own when there was one just now."""
         if not self._resting or self._timeline.acceptor.commit_lsn - self._position >= MAX_XLOG_DATA_BYTES:
             self._news.set()
+
+    def _is_held_back(self) -> bool:
+        is_pageserver = (self._appname or "").split("-")[0] == "pageserver"
+        return not is_pageserver and _PAUSE_SEND.hit() is not None
 
     async def _drain(self) -> None:
         try:

@@ -14,10 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import psycopg
 from neon_services.ground.ids import TenantId, TimelineId
 from neon_services.ground.lsn import Lsn, parse_lsn
 from neon_services.ground.tls import client_context
+from tests.waiting import wait_until as wait_until
 
 USER = "postgres"
 SCRIPTS = Path(sys.executable).parent
@@ -56,21 +56,6 @@ def free_port() -> int:
         if port not in _handed_out:
             _handed_out.add(port)
             return port
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
-    """Poll until the condition gives a true value and return it; AssertionError naming ``what`` after the deadline."""
-    deadline = time.monotonic() + timeout
-    last: Exception | None = None
-    while time.monotonic() < deadline:
-        try:
-            value = condition()
-            if value:
-                return value
-        except (OSError, urllib.error.URLError, psycopg.Error, KeyError) as error:
-            last = error
-        time.sleep(0.05)
-    raise AssertionError(f"timed out after {timeout:.0f} s waiting for {what}" + (f" (last error: {last})" if last else ""))
 
 
 def http(

@@ -31,7 +31,9 @@ from neon_services.protocols.safekeeper_messages import (
     VoteResponse,
     parse_acceptor_message,
 )
-from tests.integration.cluster import LIBRARIES, SCRIPTS, free_port, http, wait_until
+from tests.integration.cluster import LIBRARIES, SCRIPTS, free_port, http
+from tests.waiting import until as until
+from tests.waiting import wait_until
 
 
 class Service:
@@ -41,12 +43,13 @@ class Service:
         self.name = name
         self.argv = argv
         self.log = log
+        self.environment: dict[str, str] = {}
         self.popen: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         assert self.popen is None or self.popen.poll() is not None
         with self.log.open("ab") as log:
-            environment = {**os.environ, "NEON_LIB_DIR": str(LIBRARIES)}
+            environment = {**os.environ, "NEON_LIB_DIR": str(LIBRARIES), **self.environment}
             self.popen = subprocess.Popen(self.argv, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def kill(self) -> None:
@@ -139,7 +142,7 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def running_fleet(base: Path, count: int = 3, *options: str) -> Iterator[Fleet]:
+def running_fleet(base: Path, count: int = 3, *options: str, environment: dict[str, str] | None = None) -> Iterator[Fleet]:
     """Everything started; everything killed at the end."""
     port = free_port()
     broker = Service("broker", [str(SCRIPTS / "storage_broker"), "-l", f"127.0.0.1:{port}"], base / "broker.log")
@@ -147,6 +150,7 @@ def running_fleet(base: Path, count: int = 3, *options: str) -> Iterator[Fleet]:
     try:
         broker.start()
         for node in fleet.nodes:
+            node.environment = environment or {}
             node.start()
         yield fleet
     finally:
@@ -283,11 +287,6 @@ async def read_stream(client: pgclient.PgClient, begin: int, end: int, command: 
             assert message.start_lsn == begin + len(received)
             received += message.data
     return bytes(received)
-
-
-async def until(condition: Any, what: str, timeout: float = 15.0) -> Any:
-    """wait_until on another thread, so that the event loop goes on."""
-    return await asyncio.to_thread(wait_until, condition, what, timeout)
 
 
 async def dead(client: pgclient.PgClient) -> str:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from lab import preflight
 from lab.labs import RUN, default_state
 from lab.processes import CGROUPS
 from lab.shell import LabError
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.lab
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,13 +41,6 @@ def status() -> dict[str, str]:
 
 def ping(source: str, target: str) -> bool:
     return lab("exec", source, "--", "ping", "-c1", "-W1", target, check=False).returncode == 0
-
-
-def eventually(what: str, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S} s: {what}"
-        time.sleep(0.1)
 
 
 def leftovers() -> list[str]:
@@ -88,7 +82,7 @@ def test_hosts_talk_are_cut_off_and_come_back(two_hosts: None) -> None:
     assert status()["two"] == "cut"
     assert not ping("one", "two")
     lab("heal", "two")
-    eventually("two answers again", lambda: ping("one", "two"))
+    wait_until(lambda: ping("one", "two"), "two to answer again", DEADLINE_S)
 
     lab("drop", "one", "two", "--one-way")
     assert not ping("one", "two")
@@ -97,7 +91,7 @@ def test_hosts_talk_are_cut_off_and_come_back(two_hosts: None) -> None:
 
     lab("delay", "two", "--ms", "60")
     started = time.monotonic()
-    eventually("two answers through the slow cable", lambda: ping("one", "two"))
+    wait_until(lambda: ping("one", "two"), "two to answer through the slow cable", DEADLINE_S)
     assert time.monotonic() - started > 0.12, "each way takes 60 ms"
     lab("delay", "two", "--ms", "0")
     assert ping("one", "two")

@@ -4,8 +4,7 @@ import asyncio
 import io
 import struct
 import tarfile
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -33,6 +32,7 @@ from neon_services.storage_broker.client import BrokerError
 from neon_services.wal import framing
 from neon_services.wal.control_data import ControlFile, DBState
 from tests.integration.real_postgres import PG_BIN, PG_MAJOR, give_to_postgres
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.postgres, pytest.mark.asyncio(loop_scope="module")]
 
@@ -339,14 +339,6 @@ def make_wal(timeline: Timeline, messages: int, size: int = 900) -> tuple[int, b
     return start, bytes(parts[: position - start]), ends
 
 
-async def until(condition: Callable[[], object], what: str, timeout_s: float = 10.0) -> None:
-    """Wait for a condition with a deadline."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
-        await asyncio.sleep(0.01)
-
-
 async def test_wal_is_received_through_failures(timeline: Timeline) -> None:
     start, wal, ends = make_wal(timeline, 200)
     broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal)
@@ -357,13 +349,13 @@ async def test_wal_is_received_through_failures(timeline: Timeline) -> None:
     try:
         broker.announce(1, 1, safekeeper.end + 1)  # nobody listens there, though it claims to be ahead
         broker.announce(2, safekeeper.server.port, safekeeper.end)
-        await until(lambda: len(safekeeper.starts) >= 2, "a second connection")
+        await eventually(lambda: len(safekeeper.starts) >= 2, "a second connection")
         assert safekeeper.starts[0] == start and safekeeper.starts[1] in {framing.record_start(end) for end in ends}
         broker.messages.put_nowait(None)  # the broker goes away and comes back: the connection does not care
         safekeeper.cut_after = None
         broker.announce(2, safekeeper.server.port, safekeeper.end)
-        await until(lambda: timeline.last_record_lsn == ends[-1], "all WAL ingested")
-        await until(lambda: safekeeper.feedback and safekeeper.feedback[-1].last_received_lsn == ends[-1], "feedback")
+        await eventually(lambda: timeline.last_record_lsn == ends[-1], "all WAL ingested")
+        await eventually(lambda: safekeeper.feedback and safekeeper.feedback[-1].last_received_lsn == ends[-1], "feedback")
         last = safekeeper.feedback[-1]
         assert last.current_timeline_size == await Relations.of(timeline).compute_logical_size() > 20 << 20
         assert "streaming from safekeeper 2" in receiver.status
@@ -384,12 +376,12 @@ async def test_damaged_wal_stops_at_the_damage_and_is_retried(timeline: Timeline
     receiver.start()
     try:
         broker.announce(1, safekeeper.server.port, safekeeper.end)
-        await until(lambda: len(safekeeper.starts) >= 3, "retries")
+        await eventually(lambda: len(safekeeper.starts) >= 3, "retries")
         assert timeline.last_record_lsn < ends[25]
         assert "cannot ingest WAL of safekeeper 1, trying again" in caplog.text
         safekeeper.wal = wal
         broker.announce(1, safekeeper.server.port, safekeeper.end)
-        await until(lambda: timeline.last_record_lsn == ends[-1], "the rest after the repair", 20)
+        await eventually(lambda: timeline.last_record_lsn == ends[-1], "the rest after the repair", 20)
     finally:
         await receiver.stop()
         await safekeeper.server.stop()
@@ -413,8 +405,8 @@ async def test_an_idle_safekeeper_is_asked_for_when_somebody_waits(timeline: Tim
         broker.messages.put_nowait(bm.typed(response))
         await waiter
         # the stream ends in the normal way: no reconnection until the safekeeper speaks again
-        await until(lambda: receiver.wal_source_connstr is None, "the end of the stream")
-        await until(lambda: "not connected; candidates []" in receiver.status, "the safekeeper being forgotten")
+        await eventually(lambda: receiver.wal_source_connstr is None, "the end of the stream")
+        await eventually(lambda: "not connected; candidates []" in receiver.status, "the safekeeper being forgotten")
         assert len(safekeeper.starts) == 1
     finally:
         await receiver.stop()
@@ -433,11 +425,11 @@ async def test_a_little_wal_is_left_to_become_more_unless_somebody_waits(
 
     async def grow(end: int) -> None:
         safekeeper.wal = wal[: end - start]
-        await until(lambda: receiver.last_received_msg_lsn == end, "the WAL at the pageserver")
+        await eventually(lambda: receiver.last_received_msg_lsn == end, "the WAL at the pageserver")
 
     try:
         broker.announce(1, safekeeper.server.port, safekeeper.end)
-        await until(lambda: timeline.last_record_lsn == ends[0], "the first batch, at once")
+        await eventually(lambda: timeline.last_record_lsn == ends[0], "the first batch, at once")
         await grow(ends[1])
         await grow(ends[2])
         assert timeline.last_record_lsn == ends[0]
@@ -449,7 +441,7 @@ async def test_a_little_wal_is_left_to_become_more_unless_somebody_waits(
         await grow(ends[4])
         assert timeline.last_record_lsn == ends[3]
         await grow(ends[-1])  # more than is left lying
-        await until(lambda: timeline.last_record_lsn == ends[-1], "a large batch, without anybody waiting")
+        await eventually(lambda: timeline.last_record_lsn == ends[-1], "a large batch, without anybody waiting")
     finally:
         await receiver.stop()
         await safekeeper.server.stop()

@@ -167,7 +167,7 @@ async def test_a_timeline_is_pulled_while_a_proposer_appends(fleet: Fleet) -> No
     assert await asyncio.to_thread(pull, joiner, ttid, [n.url("") for n in fleet.nodes[:3]], joint(fleet, 3)) is None
     assert joiner.status(ttid)["mconf"]["generation"] == 3
     metrics = (await asyncio.to_thread(get, joiner.url("/metrics"))).decode()
-    assert "safekeeper_recovery_pull_timeline_oks_total 2.0" in metrics
+    assert "safekeeper_recovery_pull_timeline_oks 2.0" in metrics
     leader.leave()
     # the copy is a full member: elected together with another, it goes on
     for node in fleet.nodes[1:3]:

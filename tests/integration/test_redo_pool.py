@@ -20,6 +20,7 @@ from neon_services.wal.decoder import REF_FPI, REF_WILL_INIT, WalDecoder
 from neon_services.wal.redo import RedoHelper, RedoPool, RedoRequest, RedoResult, RedoStatus
 from neon_services.wal.scanner import find_end_of_wal
 from tests.unit.wal.stock_postgres import bin_dir, stock_postgres
+from tests.waiting import eventually
 
 BUILT = Path(__file__).parents[2] / "build" / "lib"
 pytestmark = pytest.mark.postgres
@@ -338,11 +339,7 @@ async def test_works_as_an_ordinary_user_and_dies_with_its_service() -> None:
         os.kill(helper_pid, signal.SIGSTOP)  # so that it cannot notice the end of its input
         child.kill()
         child.wait()
-        for _ in range(500):
-            if not is_running(helper_pid):
-                break
-            await asyncio.sleep(0.01)
-        assert not is_running(helper_pid)
+        await eventually(lambda: not is_running(helper_pid), "the helper to end", 5)
     finally:
         child.kill()
         child.wait()

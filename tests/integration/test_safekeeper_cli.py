@@ -83,6 +83,10 @@ def refused(done: Done, *expected: str) -> None:
         (["--http-auth-public-key-path", "."], ["--http-auth-public-key-path: ", "no PEM PUBLIC KEY"]),
         (["--max-global-disk-usage-ratio", "1.8"], ["--max-global-disk-usage-ratio must be from 0 to 1, not 1.8"]),
         (["--remote-storage", "{local_path="], ["--remote-storage", "TOML"]),
+        (["--force-metric-collection-on-scrape", "no"], ["--force-metric-collection-on-scrape: 'no'"]),
+        (["--enable-pull-timeline-on-startup"], ["--hcc-base-url URL need each other"]),
+        (["--hcc-base-url", "http://c:1"], ["--hcc-base-url URL need each other"]),
+        (["--enable-pull-timeline-on-startup", "--hcc-base-url", "c"], ["--hcc-base-url", "'c' is not HOST:PORT"]),
     ],
 )
 def test_wrong_options(run: Run, tmp_path: Path, options: list[str], expected: list[str]) -> None:
@@ -91,6 +95,7 @@ def test_wrong_options(run: Run, tmp_path: Path, options: list[str], expected: l
 
 def test_options_of_absent_features_may_say_off(run: Run, tmp_path: Path) -> None:
     off = ["--peer-recovery", "false", "--max-timeline-disk-usage-bytes", "0", "--http-auth-public-key-path", ""]
+    off += ["--force-metric-collection-on-scrape", "true", "--hcc-base-url", ""]
     off += ["--wal-backup-parallel-jobs", "5", "--partial-backup-timeout", "15m", "--remote-storage", "{local_path='/x'}"]
     done = run("-D", str(tmp_path), "--id", "3", "--init", *off)
     assert done.returncode == 0, done.stderr

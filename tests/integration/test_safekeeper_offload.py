@@ -24,6 +24,7 @@ from tests.integration.safekeeper_support import (
     until,
 )
 from tests.unit.safekeeper.walmaker import PG_VERSION, SYSTEM_ID, WalMaker
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 SEGMENT = 1 << 20
@@ -301,18 +302,17 @@ async def test_a_timeline_over_its_limit_is_refused_until_wal_left(tmp_path: Pat
         assert said in node.log.read_text()
         leader.leave()
         end = node.lsn(ttid, "flush_lsn")
-        assert metric(node, "safekeeper_wal_storage_limit_errors_total") >= 1
+        assert metric(node, "safekeeper_wal_storage_limit_errors") >= 1
         await wait_for_backup(fleet, ttid, node.lsn(ttid, "commit_lsn"))
         await pageserver_has_everything(node, ttid, end)
         leader = proposer(wal, ttid)
 
-        for _ in range(200):
-            try:
-                await leader.elect([node])
-                break
-            except (NeonError, OSError):
-                leader.leave()
-                await asyncio.sleep(0.1)
+        async def elected() -> bool:
+            leader.leave()
+            await leader.elect([node])
+            return True
+
+        await eventually(elected, "WAL to be accepted again", 20, interval=0.1, errors=(NeonError, OSError))
         assert leader.term_start == end
         await leader.stream(wal.last_record_end(end + SEGMENT // 2))
         leader.leave()

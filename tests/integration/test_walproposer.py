@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,10 @@ from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
 from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.safekeeper_messages import HotStandbyFeedback, MembershipConfiguration, SafekeeperId
 from tests.integration.walproposer_support import MemorySafekeeper, PlainPostgres, WalProposerProcess
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.postgres
 PG_MAJOR = max((int(p.name) for p in Path("/usr/lib/postgresql").glob("*") if (p / "bin" / "postgres").exists()), default=0)
-
-
-async def until(condition: Callable[[], Any], what: str, timeout: float = 20.0) -> None:
-    """Wait for a condition, looking every few milliseconds."""
-    try:
-        async with asyncio.timeout(timeout):
-            while not condition():  # noqa: ASYNC110 - the conditions are in other processes
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"timed out waiting for {what}") from None
 
 
 class World:
@@ -146,14 +137,17 @@ async def test_commits_survive_the_loss_of_one_and_wait_without_two(world: World
     await world.safekeepers[0].stop()
     await asyncio.wait_for(world.execute(*[f"insert into t values ({i})" for i in range(20)]), 20)
     await world.safekeepers[1].stop()
+    left = world.safekeepers[2].acceptor
+    before = left.flush_lsn
     waiting = asyncio.create_task(world.execute("insert into t values (1000)"))
-    await asyncio.sleep(0.5)
-    assert not waiting.done(), "a commit was acknowledged without a quorum"
+    await eventually(lambda: left.flush_lsn > before, "the commit to reach the one that is left")
+    done, _ = await asyncio.wait({waiting}, timeout=0.5)
+    assert not done, "a commit was acknowledged without a quorum"
     await world.safekeepers[1].start()
     await asyncio.wait_for(waiting, 20)
     await world.safekeepers[0].start()
     sks = world.safekeepers
-    await until(lambda: sks[0].acceptor.flush_lsn == sks[1].acceptor.flush_lsn == sks[2].acceptor.flush_lsn, "catching up")
+    await eventually(lambda: sks[0].acceptor.flush_lsn == sks[1].acceptor.flush_lsn == sks[2].acceptor.flush_lsn, "catching up")
     world.check_logs()
 
 
@@ -169,7 +163,7 @@ async def test_a_long_lost_safekeeper_catches_up_from_another(world: World) -> N
     await lost.start()
     load = asyncio.create_task(world.execute(*[f"insert into t values ({i})" for i in range(200)]))
     await load
-    await until(lambda: lost.acceptor.flush_lsn == world.safekeepers[0].acceptor.flush_lsn, "catching up from a donor", 40)
+    await eventually(lambda: lost.acceptor.flush_lsn == world.safekeepers[0].acceptor.flush_lsn, "catching up from a donor", 40)
     assert sum(s.recovery_reads for s in world.safekeepers[:2]) > 0
     proposer.command(command="stop", timeout_s=20)
     await world.shutdown_postgres()
@@ -188,8 +182,8 @@ async def test_a_deposed_proposer_says_so_and_commits_nothing_more(world: World)
     assert fatal["retry"] is False and "term 2" in fatal["reason"]
     assert await first.process.wait() == 1
     waiting = asyncio.create_task(world.execute("insert into t values (1)"))
-    await asyncio.sleep(0.5)
-    assert not waiting.done()
+    done, _ = await asyncio.wait({waiting}, timeout=0.5)
+    assert not done, "a commit was acknowledged by a deposed leader"
     # the same Postgres on a new proposer: its WAL continues where the old term's was cut, or behind it
     ready = await second.event("ready")
     world.attach(second, parse_lsn(ready["lsn"]))
@@ -218,7 +212,7 @@ async def test_synchronisation_prints_the_end_of_committed_wal(world: World) -> 
 async def test_a_record_larger_than_the_buffer_passes(world: World) -> None:
     await world.attached(ring_mb=8)
     await world.execute("select pg_logical_emit_message(true, 'big', repeat('x', 20000000))")
-    await until(lambda: len({s.acceptor.flush_lsn for s in world.safekeepers}) == 1, "all three")
+    await eventually(lambda: len({s.acceptor.flush_lsn for s in world.safekeepers}) == 1, "all three")
     world.check_logs()
 
 
@@ -259,8 +253,8 @@ async def test_wal_beyond_the_buffer_waits_in_postgres_while_there_is_no_quorum(
     for safekeeper in world.safekeepers[:2]:
         await safekeeper.start()
     await asyncio.wait_for(world.execute("insert into t values (0, '')"), 30)
-    await until(lambda: all(s.acceptor.flush_lsn > end for s in world.safekeepers), "all three to catch up")
-    await until(lambda: len({s.acceptor.flush_lsn for s in world.safekeepers}) == 1, "the same end")
+    await eventually(lambda: all(s.acceptor.flush_lsn > end for s in world.safekeepers), "all three to catch up")
+    await eventually(lambda: len({s.acceptor.flush_lsn for s in world.safekeepers}) == 1, "the same end")
     world.check_logs()
 
 
@@ -282,7 +276,5 @@ async def test_feedback_of_pageservers_and_replicas_reaches_postgres(world: Worl
             (xmin,) = await (await connection.execute("select xmin::text from pg_replication_slots")).fetchone() or (None,)
         return parse_lsn(seen[1]) == applied and "700" in (xmin, seen[2])
 
-    async with asyncio.timeout(20):
-        while not await look():  # noqa: ASYNC110 - Postgres is asked
-            await asyncio.sleep(0.05)
+    await eventually(look, "the feedback in Postgres's views", 20, interval=0.05)
     assert parse_lsn(seen[0]) > applied and seen[3] == "sync"

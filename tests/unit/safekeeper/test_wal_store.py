@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from neon_services.ground.errors import ProtocolViolation
+from neon_services.ground.failpoints import FailpointPanic
 from neon_services.ground.lsn import Lsn, parse_segment_file_name
 from neon_services.safekeeper import segments, wal_store
 from neon_services.safekeeper.segments import PARTIAL_SUFFIX, SCRATCH_NAME
@@ -342,6 +343,58 @@ def test_a_full_disk_at_the_next_segment(tmp_path: Path, monkeypatch: pytest.Mon
     cut(store, flushed)
     append(store, wal, wal.end)
     assert new_store(tmp_path, START).flush_lsn == wal.end
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), FailpointPanic("panic")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("where", ["pwritev", "rename"])
+def test_an_unforeseen_error_in_mid_write_acknowledges_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, where: str
+) -> None:
+    """Whatever ends a write, the bytes that it was to write are not there, and no flush may say that they are."""
+    wal = WalMaker(START, SEGMENT).until(START + 2 * SEGMENT)
+    store = begin(new_store(tmp_path))
+    append(store, wal, wal.record_ends[10])
+    flushed = store.flush_lsn
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*{"pwritev": (os, "pwritev"), "rename": (Path, "rename")}[where], fail)
+        with pytest.raises(type(error)):
+            append(store, wal, wal.end)
+    durable = len(stored(tmp_path, START, flushed)) + START
+    assert store.flush() == store.write_lsn == store.flush_lsn <= max(durable, flushed), (
+        "a vote would promise what is not there"
+    )
+    with pytest.raises(WalStoreError, match="election"):
+        store.write(store.write_lsn, wal.slice(store.write_lsn, wal.end))
+    cut(store, store.flush_lsn)
+    append(store, wal, wal.end)
+    assert stored(tmp_path, START, wal.end) == bytes(wal.data)
+    assert new_store(tmp_path, START).flush_lsn == wal.end
+
+
+def test_an_unforeseen_error_of_the_scanner_closes_the_log(tmp_path: Path) -> None:
+    wal = WalMaker(START, SEGMENT).until(START + 200_000)
+    store = begin(new_store(tmp_path))
+    append(store, wal, wal.record_ends[10])
+    scanner = store._scanner
+    assert scanner is not None
+    real = scanner.feed
+
+    def fail(data: Any) -> None:
+        real(data)
+        raise MemoryError
+
+    scanner.feed = fail  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        append(store, wal, wal.end)
+    flushed = wal.record_ends[10]
+    assert store.flush() == store.flush_lsn == store.write_lsn == flushed
+    cut(store, flushed)
+    append(store, wal, wal.end)
+    assert stored(tmp_path, START, wal.end) == bytes(wal.data)
 
 
 # -- housekeeping
