@@ -90,10 +90,9 @@ class GoesOnAfterAFailedCut(WalStore):
 class BelievesShortWrites(WalStore):
     """Takes a write for whole that was short."""
 
-    def _write_durably(self, views: Views, offset: int) -> bool:
+    def _write_part(self, views: Views, offset: int, length: int, flags: int) -> None:
         assert self._descriptor is not None
-        self._disk.pwritev(self._descriptor, views, offset, os.RWF_DSYNC)
-        return True
+        self._disk.pwritev(self._descriptor, views, offset, flags)
 
 
 class RecoversToTheCommitOnly(WalStore):
