@@ -129,7 +129,7 @@ def encode(records: InterpretedRecords, payload_format: str, zstd_level: int | N
     return payload if zstd_level is None else compress(payload, zstd_level)
 
 
-def compress(payload: bytes | bytearray, zstd_level: int) -> bytes:
+def compress(payload: bytes | memoryview, zstd_level: int) -> bytes:
     """A zstd frame; level 0 is zstd's own default."""
     return zstandard.ZstdCompressor(level=zstd_level or 3).compress(payload)
 
