@@ -49,9 +49,7 @@ _LATER = (
     _LaterOption("--auth-token-path", ("",)),
     _LaterOption("--ssl-ca-file", ("",)),
     _LaterOption("--hcc-base-url", ("",)),
-    _LaterOption("--max-delta-for-fanout"),
     _LaterOption("--force-metric-collection-on-scrape", ("true",)),
-    _LaterOption("--wal-reader-fanout", takes_value=False),
     _LaterOption("--use-https-safekeeper-api", takes_value=False),
     _LaterOption("--enable-tls-wal-service-api", takes_value=False),
     _LaterOption("--enable-pull-timeline-on-startup", takes_value=False),
@@ -86,6 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--peer-recovery", default="false", metavar="true|false", help="catch up from peers while no compute streams")
     add("--disable-periodic-broker-push", action="store_true")
     add("--walsenders-keep-horizon", action="store_true", help="keep WAL that a connected pageserver has not received")
+    add("--wal-reader-fanout", action="store_true", help="interpret WAL once for all shards of a tenant that follow it")
+    add("--max-delta-for-fanout", type=int, metavar="BYTES", help="a shard that is further away is served apart; default: any")
     add("--remote-storage", metavar="TOML", help="where WAL is sent; without it no WAL is ever removed from the disk")
     add("--disable-wal-backup", action="store_true", help="only read WAL from object storage, send none")
     add("--wal-backup-parallel-jobs", type=int, default=5, metavar="N", help="segments that are sent at once")
@@ -167,6 +167,8 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         periodic_broker_push=not arguments.disable_periodic_broker_push,
         walsenders_keep_horizon=arguments.walsenders_keep_horizon,
         peer_recovery=arguments.peer_recovery == "true",
+        wal_reader_fanout=arguments.wal_reader_fanout,
+        max_delta_for_fanout=None if arguments.max_delta_for_fanout is None else number("--max-delta-for-fanout", 0),
         sync=not arguments.no_sync,
         remote_storage=remote_storage,
         offload=OffloadConfig(

@@ -17,6 +17,7 @@ from neon_services.safekeeper.broker_loops import BrokerLoops
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.disk_guard import DiskGuard
 from neon_services.safekeeper.http_api import HttpApi
+from neon_services.safekeeper.interpreted_sender import Fanout
 from neon_services.safekeeper.manager import Manager
 from neon_services.safekeeper.offload import Offload
 from neon_services.safekeeper.peer_recovery import PeerRecovery
@@ -37,7 +38,8 @@ class SafekeeperServer:
         self.timelines = Timelines(config.datadir, config.node_id, sync=config.sync)
         self._offload: Offload | None = None
         self._remote_deletion: RemoteDeletion | None = None
-        self._pg = PgServer(lambda connection: WalServiceHandler(self.timelines, connection))
+        fanout = Fanout(config.wal_reader_fanout, config.max_delta_for_fanout)
+        self._pg = PgServer(lambda connection: WalServiceHandler(self.timelines, connection, fanout))
         self._broker = BrokerClient(config.broker_endpoint, keepalive_interval_ms=config.broker_keepalive_interval_ms)
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -1,7 +1,7 @@
 """The Postgres-wire port of a safekeeper: which command does what.
 
 Commands: START_WAL_PUSH (proposers), START_REPLICATION (readers), IDENTIFY_SYSTEM, TIMELINE_STATUS, ``set datestyle``, and
-the SHOW that stock receivers need.
+the SHOW that stock receivers need. START_REPLICATION gives plain WAL or, by the option ``protocol``, interpreted WAL.
 The timeline is named by ``tenant_id`` and ``timeline_id`` in the startup packet's options.
 """
 
@@ -14,10 +14,12 @@ from neon_services.ground.errors import NeonError, ProtocolViolation
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
 from neon_services.protocols import pgwire
+from neon_services.protocols.interpreted_options import BadProtocolOption, InterpretedProtocol, parse_protocol_options
 from neon_services.protocols.pgserver import EndConnection, ServerConnection
 from neon_services.protocols.safekeeper_messages import PROTOCOL_VERSION
 from neon_services.protocols.safekeeper_messages_v2 import PROTOCOL_VERSION_2
 from neon_services.safekeeper import metrics
+from neon_services.safekeeper.interpreted_sender import NO_FANOUT, Fanout, InterpretedSender
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.walreceiver import V2, V3, WalReceiver
@@ -49,9 +51,11 @@ def parse_wal_push_options(sql: str) -> tuple[int, bool]:
 class WalServiceHandler:
     """One connection to the WAL port."""
 
-    def __init__(self, timelines: Timelines, connection: ServerConnection) -> None:
+    def __init__(self, timelines: Timelines, connection: ServerConnection, fanout: Fanout = NO_FANOUT) -> None:
         self._timelines = timelines
         self._connection = connection
+        self._fanout = fanout
+        self._protocol: InterpretedProtocol | None = None
         self._options: dict[str, str] = {}
         self._appname: str | None = None
         self._receiver: WalReceiver | None = None
@@ -60,8 +64,10 @@ class WalServiceHandler:
         """Remember which timeline the connection is about; commands that need none work without."""
         self._options = message.options()
         self._appname = message.parameters.get("application_name") or None
-        if "protocol" in self._options and '"vanilla"' not in self._options["protocol"]:
-            raise pgwire.ServerError("0A000", "the interpreted WAL protocol is not supported yet: use vanilla")
+        try:
+            self._protocol = parse_protocol_options(self._options)
+        except BadProtocolOption as error:
+            raise pgwire.ServerError("22023", str(error)) from error
 
     def _ttid(self) -> TenantTimelineId:
         tenant = self._options.get("tenant_id") or self._options.get("ztenantid")
@@ -125,7 +131,7 @@ class WalServiceHandler:
         timeline = self._timelines.get(self._ttid())
         try:
             async with timeline.residence():
-                await WalSender(timeline, self._connection, self._appname, term).run(parse_lsn(command["lsn"]))
+                await self._sender(timeline, term).run(parse_lsn(command["lsn"]))
         except (EndConnection, ConnectionError, asyncio.CancelledError, ProtocolViolation):
             raise
         except (NeonError, OSError) as error:
@@ -134,6 +140,11 @@ class WalServiceHandler:
             sqlstate = error.sqlstate if isinstance(error, pgwire.ServerError) else "XX000"
             self._connection.fail(str(error), sqlstate)
             raise EndConnection(str(error)) from error
+
+    def _sender(self, timeline: Timeline, term: int | None) -> WalSender:
+        if self._protocol is None:
+            return WalSender(timeline, self._connection, self._appname, term)
+        return InterpretedSender(timeline, self._connection, self._appname, term, self._protocol, self._fanout)
 
     async def _identify_system(self, _: str) -> None:
         timeline = self._timelines.get(self._ttid())

@@ -22,6 +22,7 @@ from neon_services.wal.records import REF_FPI, REF_IMPLIED_VM, REF_WILL_INIT, Wa
 
 I64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+ClearBits = md.ClearVmBits | md.NeonClearVmBits
 
 _FPI, _FPI_FOR_HINT = 0xB0, 0xA0
 _IS_LOOKED_AT = np.zeros(256, bool)
@@ -68,7 +69,7 @@ class InterpretedBatch:
     metadata_offset: I64Array  #: per record: of the metadata record for all shards
     metadata_length: I64Array  #: -1: none
     data: bytes
-    clears: tuple[tuple[int, md.ClearVmBits | md.NeonClearVmBits], ...]  #: (record, what), for the shards with the map's pages
+    clears: tuple[tuple[int, ClearBits, bytes], ...]  #: (record, what, packed), for the shards with the map's pages
     for_shard_zero: tuple[tuple[int, bytes], ...]  #: (record, metadata record)
     left_out_tablespaces: frozenset[int]  #: oids that no key can name
 
@@ -227,7 +228,7 @@ class _Metadata:
         )
 
 
-def _clears(batch: WalBatch) -> list[tuple[int, md.ClearVmBits | md.NeonClearVmBits]]:
+def _clears(batch: WalBatch) -> list[tuple[int, ClearBits, bytes]]:
     """What heap records clear in visibility maps: once for a page after each vacuum, so one by one."""
     records, refs = batch.records, batch.refs
     implied = ((refs["flags"] & REF_IMPLIED_VM) != 0) & ((refs["rmid"] == HEAP) | (refs["rmid"] == HEAP2))
@@ -247,5 +248,5 @@ def _clears(batch: WalBatch) -> list[tuple[int, md.ClearVmBits | md.NeonClearVmB
         relation = (int(first["spc"]), int(first["db"]), int(first["rel"]))
         cleared = cleared_bits(int(record["rmid"]), int(record["info"]), main, relation, blocks)
         if cleared is not None:
-            found.append((row, cleared))
+            found.append((row, cleared, pack_metadata(cleared)))
     return found

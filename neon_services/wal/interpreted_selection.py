@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neon_services.protocols.interpreted_metadata import ClearVmBits, NeonClearVmBits, pack_metadata
-from neon_services.protocols.page_keys import HEAP_BLOCKS_PER_VM_PAGE, PAGE_SIZE, U64Array
+from neon_services.protocols.interpreted_metadata import pack_metadata
+from neon_services.protocols.page_keys import HEAP_BLOCKS_PER_VM_PAGE, PAGE_SIZE, VM_FORK, U64Array
 from neon_services.protocols.sharding import ShardIdentity
 from neon_services.wal.interpret import BoolArray, I64Array, InterpretedBatch
 
@@ -91,11 +91,9 @@ def _sum_by(group: I64Array, amounts: np.ndarray, groups: int) -> I64Array:
 
 
 def _metadata_for(batch: InterpretedBatch, shard: ShardIdentity) -> tuple[I64Array, I64Array, bytes]:
-    own = list(batch.for_shard_zero) if shard.is_zero else []
-    for record, cleared in batch.clears:
-        kept = _clears_for(cleared, shard)
-        if kept is not None:
-            own.append((record, pack_metadata(kept)))
+    own = _clears_for(batch, shard)
+    if shard.is_zero:
+        own += batch.for_shard_zero
     if not own:
         return batch.metadata_offset, batch.metadata_length, batch.data
     offset, length = batch.metadata_offset.copy(), batch.metadata_length.copy()
@@ -106,12 +104,24 @@ def _metadata_for(batch: InterpretedBatch, shard: ShardIdentity) -> tuple[I64Arr
     return offset, length, b"".join((batch.data, *(packed for _, packed in own)))
 
 
-def _clears_for(cleared: ClearVmBits | NeonClearVmBits, shard: ShardIdentity) -> ClearVmBits | NeonClearVmBits | None:
-    def mine(heap_block: int | None) -> int | None:
-        if heap_block is None:
-            return None
-        rel, page = np.array([cleared.vm_rel.rel, heap_block // HEAP_BLOCKS_PER_VM_PAGE], np.uint32)[:, None]
-        return heap_block if shard.holds_blocks(rel, np.array([cleared.vm_rel.fork], np.uint8), page)[0] else None
+def _clears_for(batch: InterpretedBatch, shard: ShardIdentity) -> list[tuple[int, bytes]]:
+    if shard.is_only_one:
+        return [(record, packed) for record, _, packed in batch.clears]
+    relations = np.array([cleared.vm_rel.rel for _, cleared, _ in batch.clears], np.uint32)
+    forks = np.full(len(relations), VM_FORK, np.uint8)
 
-    new, old = mine(cleared.new_heap_block), mine(cleared.old_heap_block)
-    return None if new is None and old is None else cleared._replace(new_heap_block=new, old_heap_block=old)
+    def held(heap_blocks: list[int | None]) -> list[bool]:
+        pages = np.array([(block or 0) // HEAP_BLOCKS_PER_VM_PAGE for block in heap_blocks], np.uint32)
+        return shard.holds_blocks(relations, forks, pages).tolist()
+
+    new_held = held([cleared.new_heap_block for _, cleared, _ in batch.clears])
+    old_held = held([cleared.old_heap_block for _, cleared, _ in batch.clears])
+    found = []
+    for (record, cleared, packed), new_is, old_is in zip(batch.clears, new_held, old_held, strict=True):
+        new = cleared.new_heap_block if new_is else None
+        old = cleared.old_heap_block if old_is else None
+        if (new, old) == (cleared.new_heap_block, cleared.old_heap_block):
+            found.append((record, packed))
+        elif new is not None or old is not None:
+            found.append((record, pack_metadata(cleared._replace(new_heap_block=new, old_heap_block=old))))
+    return found
