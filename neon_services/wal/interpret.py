@@ -17,7 +17,7 @@ from neon_services.protocols.page_keys import PAGE_SIZE, TABLESPACE_MAX, U64Arra
 from neon_services.wal import xact
 from neon_services.wal.block_images import applied_images
 from neon_services.wal.interpret_metadata import DBASE, LOGICAL_MESSAGE, LOOKED_AT, XACT, XLOG, Record, metadata_of
-from neon_services.wal.interpret_visibility import HEAP, HEAP2, NEON, cleared_bits
+from neon_services.wal.interpret_visibility import HEAP, HEAP2, NEON, Block, cleared_bits
 from neon_services.wal.records import REF_FPI, REF_IMPLIED_VM, REF_WILL_INIT, WalBatch
 
 I64Array = npt.NDArray[np.int64]
@@ -38,6 +38,7 @@ _PLAIN_XACT = np.dtype(
 )  # fmt: skip
 _EMPTY_XLOG = np.dtype([("kind", ">u4"), ("variant", ">u4"), ("info", "u1"), ("lsn", ">u8"), ("length", ">u8")])
 _XACT_KIND, _XLOG_KIND = 5, 8
+_BLOCK_FIELDS = ("rec", "spc", "db", "rel", "block_id", "fork", "blk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,22 +232,26 @@ class _Metadata:
 def _clears(batch: WalBatch) -> list[tuple[int, ClearBits, bytes]]:
     """What heap records clear in visibility maps: once for a page after each vacuum, so one by one."""
     records, refs = batch.records, batch.refs
-    implied = ((refs["flags"] & REF_IMPLIED_VM) != 0) & ((refs["rmid"] == HEAP) | (refs["rmid"] == HEAP2))
-    rows = np.unique(refs["rec"][implied])
-    neon = np.flatnonzero((records["rmid"] == NEON) & (records["nref"] > 0))  # the decoder does not know what they imply
+    implied = (refs["flags"] & REF_IMPLIED_VM) != 0
+    clears = np.zeros(len(records), bool)
+    clears[refs["rec"][implied & ((refs["rmid"] == HEAP) | (refs["rmid"] == HEAP2))]] = True
+    clears |= records["rmid"] == NEON  # the decoder does not know what those imply
+    rows = np.flatnonzero(clears)
+    if not len(rows):
+        return []
+    named = refs[clears[refs["rec"]] & ~implied]
+    blocks: dict[int, list[Block]] = {}
+    relations: dict[int, tuple[int, int, int]] = {}
+    for record, spc, db, rel, *block in zip(*(named[name].tolist() for name in _BLOCK_FIELDS), strict=True):
+        blocks.setdefault(record, []).append(tuple(block))
+        relations.setdefault(record, (spc, db, rel))  # of its first block
     found = []
-    for row in np.union1d(rows, neon).tolist():
-        record = records[row]
-        named = refs[int(record["first_ref"]) : int(record["first_ref"]) + int(record["nref"])]
-        named = named[(named["flags"] & REF_IMPLIED_VM) == 0]
-        first = named[0]
-        if first["spc"] > TABLESPACE_MAX:
+    columns = (records[name][rows].tolist() for name in ("rmid", "info", "blob_off", "main_off", "main_len"))
+    for row, rmid, info, blob_off, main_off, main_len in zip(rows.tolist(), *columns, strict=True):
+        if row not in relations or relations[row][0] > TABLESPACE_MAX:
             continue
-        start = int(record["blob_off"]) + 8 + int(record["main_off"])
-        main = batch.blob[start : start + int(record["main_len"])]
-        blocks = list(zip(*(named[name].tolist() for name in ("block_id", "fork", "blk")), strict=True))
-        relation = (int(first["spc"]), int(first["db"]), int(first["rel"]))
-        cleared = cleared_bits(int(record["rmid"]), int(record["info"]), main, relation, blocks)
+        main = blob_off + 8 + main_off
+        cleared = cleared_bits(rmid, info, batch.blob[main : main + main_len], relations[row], blocks[row])
         if cleared is not None:
             found.append((row, cleared, pack_metadata(cleared)))
     return found

@@ -17,6 +17,7 @@ from neon_services.wal.interpreted_selection import IMAGE_HEADER_BYTES, RECORD_H
 
 _VARINT_LIMITS = np.array([1 << 7 * width for width in range(1, 10)], np.uint64)
 _SHIFTS = np.arange(10, dtype=np.uint64) * np.uint64(7)
+_SEVEN_BITS, _MORE = np.uint8(0x7F), np.uint8(0x80)
 _PLACES = np.arange(17)
 _IMAGE_HEADER = np.frombuffer(bytes(4) + PAGE_SIZE.to_bytes(8, "big"), np.uint8)
 _RECORD_HEADER = np.dtype([("kind", ">u4"), ("variant", ">u4"), ("will_init", "u1"), ("length", ">u8")])
@@ -86,14 +87,24 @@ class _Varints:
         at, values, width = places, self.values, self._width
         if self._present is not None:
             at, values, width = at[self._present], values[self._present], width[self._present]
-        if len(at):
-            widest = int(width.max())
-            out[at] = self._tag
-            parts = (values[:, None] >> _SHIFTS[:widest]).astype(np.uint8) & np.uint8(0x7F)
-            parts[_PLACES[:widest] < width[:, None] - 1] |= np.uint8(0x80)
-            used = _PLACES[:widest] < width[:, None]
-            out[(at[:, None] + (1 + _PLACES[:widest]))[used]] = parts[used]
-        return places + self.size
+        if not len(at):
+            return places
+        behind = places + self.size
+        out[at] = self._tag
+        narrowest, widest = int(width.min()), int(width.max())
+        for byte in range(widest):
+            if byte >= narrowest:  # some numbers have ended
+                longer = width > byte
+                at, values, width = at[longer], values[longer], width[longer]
+            part = (values >> _SHIFTS[byte]).astype(np.uint8)
+            if byte < narrowest - 1:
+                part |= _MORE
+            else:
+                part &= _SEVEN_BITS
+                part[width > byte + 1] |= _MORE
+            at = at + 1
+            out[at] = part
+        return behind
 
 
 def _put_bytes(out: np.ndarray, places: I64Array, tag: int, value: np.ndarray | int) -> None:
