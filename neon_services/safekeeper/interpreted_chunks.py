@@ -4,9 +4,8 @@ A chunk begins where a record ends and has at least one record; it ends with the
 multiple of 128 KiB, or at the end of what may be read. So readers that follow the same WAL from different positions meet, at
 the latest behind the next such multiple, and from there on can share chunks.
 
-Invariant: which chunks a reader gets depends on nothing but its position and what it may read; sharing changes who makes them.
-Nobody ever waits for a reader that is behind: only who is first makes shared chunks, the others take them as long as they are
-kept, and make their own when they are not.
+Invariant: a chunk is right for everybody at its position, whoever made it; sharing only changes who does the work. A reader
+waits for another one only when both need the same chunk at the same time, so nobody is held up by who is behind or ahead.
 """
 
 import asyncio
@@ -15,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import INVALID_LSN, Lsn, format_lsn
@@ -27,7 +26,7 @@ from neon_services.wal.interpret import InterpretedBatch, interpret
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = MAX_XLOG_DATA_BYTES
-CHUNKS_KEPT = 32  # 4 MiB of WAL
+KEPT_BYTES_MAX = 16 << 20  # of data in kept chunks, records with what was extracted from them
 Result = TypeVar("Result")
 
 # Interpreting takes the interpreter for some milliseconds: on threads of its own it can be interrupted by the event loop, which
@@ -102,125 +101,133 @@ def _forget_failure(task: asyncio.Task[Any]) -> None:
 
 
 class SharedChunks:
-    """The chunks that the readers of one timeline have in common: whoever is first has them made, once.
+    """The chunks that the readers of one timeline have in common: made once, by whoever needs one first, and kept a while.
 
     For readers of committed WAL only: what was read once stays true.
     """
 
-    def __init__(self, source: ChunkSource) -> None:
-        self._source = source
+    def __init__(self) -> None:
         self._made: OrderedDict[Lsn, Chunk] = OrderedDict()
-        self._making: asyncio.Task[Chunk | None] | None = None
-        self._making_at = INVALID_LSN
-        self.head = INVALID_LSN  #: where the newest chunk ends
+        self._making: dict[Lsn, asyncio.Task[Chunk | None]] = {}
+        self._kept_bytes = 0
+        self._newest_end = INVALID_LSN
         self.users = 0
 
-    async def next(self, position: Lsn, end: Lsn, max_delta: int | None) -> Chunk | Literal[False] | None:
-        """The chunk at ``position``, None when no record is complete there; False when the reader must make its own."""
-        if max_delta is not None and self.head and abs(self.head - position) > max_delta:
-            return False
-        made = self._made.get(position)
-        if made is not None:
-            return made
-        if self._making is None:
-            if position < self.head:
-                return False
-            self._making_at = position
-            self._making = asyncio.create_task(self._make(position, end))
-            self._making.add_done_callback(_forget_failure)
-        elif self._making_at != position:
-            return False
-        # not cancelled with this reader: others wait for it, too
-        return await asyncio.shield(self._making)
+    def is_far(self, position: Lsn, max_delta: int | None) -> bool:
+        """Whether a reader there goes its own way."""
+        return max_delta is not None and bool(self._newest_end) and abs(self._newest_end - position) > max_delta
 
-    async def _make(self, position: Lsn, end: Lsn) -> Chunk | None:
+    def kept(self, position: Lsn) -> Chunk | None:
+        """The chunk there, when it was made not long ago."""
+        return self._made.get(position)
+
+    def in_work(self, position: Lsn) -> "asyncio.Task[Chunk | None] | None":
+        """The making of the chunk there."""
+        return self._making.get(position)
+
+    def make(self, source: ChunkSource, position: Lsn, end: Lsn) -> "asyncio.Task[Chunk | None]":
+        """Have the chunk made; the work goes on when the reader that began it is gone, as others may wait for it."""
+        task = asyncio.create_task(self._make(source, position, end))
+        task.add_done_callback(_forget_failure)
+        self._making[position] = task
+        return task
+
+    async def _make(self, source: ChunkSource, position: Lsn, end: Lsn) -> Chunk | None:
         try:
-            chunk = await self._source.next(position, end)
+            chunk = await source.next(position, end)
             if chunk is not None:
-                self._made[position] = chunk
-                self.head = chunk.batch.next_lsn
-                if len(self._made) > CHUNKS_KEPT:
-                    self._made.popitem(last=False)
+                self._newest_end = max(self._newest_end, chunk.batch.next_lsn)
+                self._keep(position, chunk)
             return chunk
         finally:
-            self._making = None
+            del self._making[position]
 
-    async def close(self) -> None:
-        """Nobody reads any more."""
-        making = self._making
-        if making is not None:
-            making.cancel()
-            await asyncio.wait({making})
-        self._source.close()
+    def _keep(self, position: Lsn, chunk: Chunk) -> None:
+        self._made[position] = chunk
+        self._kept_bytes += len(chunk.batch.data)
+        while self._kept_bytes > KEPT_BYTES_MAX:
+            _, oldest = self._made.popitem(last=False)
+            self._kept_bytes -= len(oldest.batch.data)
 
 
 class InterpretedReaders:
-    """All sources of chunks of one timeline."""
+    """All readers of interpreted WAL of one timeline."""
 
     def __init__(self, open_reader: Callable[[], WalReader]) -> None:
         self._open_reader = open_reader
         self._shared: SharedChunks | None = None
-        self.count = 0  #: sources that exist
+        self.count = 0  #: sources that exist: how many do work of their own
 
     def open(self, pg_major: int, segment_size: int, *, fanout: bool, max_delta: int | None) -> "ChunkFeed":
         """One reader's chunks. Close it at the end."""
+        if fanout:
+            self._shared = self._shared or SharedChunks()
+            self._shared.users += 1
+        return ChunkFeed(self, pg_major, segment_size, self._shared if fanout else None, max_delta)
 
-        def make() -> ChunkSource:
-            self.count += 1
-            return ChunkSource(self._open_reader(), pg_major, segment_size)
+    def open_source(self, pg_major: int, segment_size: int) -> ChunkSource:
+        """A source, to be given back by close_source()."""
+        source = ChunkSource(self._open_reader(), pg_major, segment_size)
+        self.count += 1
+        return source
 
-        if not fanout:
-            return ChunkFeed(self, make, None, None)
-        if self._shared is None:
-            self._shared = SharedChunks(make())
-        self._shared.users += 1
-        return ChunkFeed(self, make, self._shared, max_delta)
-
-    def closed_source(self) -> None:
-        """A source of a feed was closed."""
+    def close_source(self, source: ChunkSource) -> None:
+        """It is not needed any more."""
         self.count -= 1
+        source.close()
 
-    async def leave(self, shared: SharedChunks) -> None:
-        """A feed with shared chunks was closed."""
+    def leave(self, shared: SharedChunks) -> None:
+        """A reader with shared chunks is gone; they are forgotten with the last one."""
         shared.users -= 1
         if not shared.users:
             self._shared = None
-            self.count -= 1
-            await shared.close()
 
 
 class ChunkFeed:
-    """The chunks that one reader gets, shared ones where possible."""
+    """The chunks that one reader gets, one after another."""
 
     def __init__(
-        self, readers: InterpretedReaders, make: Callable[[], ChunkSource], shared: SharedChunks | None, max_delta: int | None
+        self, readers: InterpretedReaders, pg_major: int, segment_size: int, shared: SharedChunks | None, max_delta: int | None
     ) -> None:
         self._readers = readers
-        self._make = make
+        self._pg_major = pg_major
+        self._segment_size = segment_size
         self._shared = shared
         self._max_delta = max_delta
-        self._own: ChunkSource | None = None
+        self._source: ChunkSource | None = None
+        self._work: asyncio.Task[Chunk | None] | None = None  # what our source does for all
 
     async def next(self, position: Lsn, end: Lsn) -> Chunk | None:
         """See ChunkSource.next."""
-        if self._shared is not None:
-            chunk = await self._shared.next(position, end, self._max_delta)
-            if chunk is not False:
-                self._close_own()
-                return chunk
-        if self._own is None:
-            self._own = self._make()
-        return await self._own.next(position, end)
+        shared = self._shared
+        if shared is None or shared.is_far(position, self._max_delta):
+            return await self._own_source().next(position, end)
+        chunk = shared.kept(position)
+        if chunk is None:
+            work = shared.in_work(position)
+            if work is None:
+                self._work = shared.make(self._own_source(), position, end)
+                return await asyncio.shield(self._work)
+            chunk = await asyncio.shield(work)
+        self._close_source()
+        return chunk
 
-    def _close_own(self) -> None:
-        own, self._own = self._own, None
-        if own is not None:
-            own.close()
-            self._readers.closed_source()
+    def _own_source(self) -> ChunkSource:
+        if self._source is None:
+            self._source = self._readers.open_source(self._pg_major, self._segment_size)
+        return self._source
 
-    async def close(self) -> None:
-        """Let go of the files. Idempotent."""
-        self._close_own()
+    def _close_source(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            self._readers.close_source(source)
+
+    def close(self) -> None:
+        """Let go of the files, as soon as nobody waits for what is read from them. Idempotent."""
+        if self._work is not None and not self._work.done():
+            self._work.add_done_callback(lambda _: self._close_source())
+        else:
+            self._close_source()
         shared, self._shared = self._shared, None
         if shared is not None:
-            await self._readers.leave(shared)
+            self._readers.leave(shared)

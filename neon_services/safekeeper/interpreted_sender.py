@@ -63,7 +63,7 @@ class InterpretedSender(WalSender):
         try:
             await self._stream_chunks(feed, start)
         finally:
-            await feed.close()
+            feed.close()
 
     def _check_start(self, start: Lsn) -> None:
         super()._check_start(start)
