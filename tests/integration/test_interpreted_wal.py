@@ -150,6 +150,37 @@ async def test_reconnecting_anywhere_loses_and_repeats_nothing(
 
 
 @pytest.mark.parametrize("number", [0, 1])
+async def test_a_killed_safekeeper_goes_on_where_it_was(
+    wal: RealWal, fleet: Fleet, reference: list[Receiver], number: int
+) -> None:
+    ttid, node = new_ttid(), fleet.nodes[number]
+    leader = proposer(wal, ttid)
+    await leader.elect(fleet.nodes)
+    await leader.stream(wal.record_ends[len(wal.record_ends) * 9 // 10])
+    shards = [Receiver(InterpretedProtocol(PROTOBUF, 1, shard), wal.start) for shard in SHARDS]
+    for messages, receiver in enumerate(shards):
+        await receiver.connect(node, ttid)
+        for _ in range(10 * messages):
+            assert await receiver.receive()
+    node.kill()
+    for receiver in shards:
+        assert receiver.client is not None
+        await dead(receiver.client)
+    node.start()
+    leader.leave()
+    leader = proposer(wal, ttid)
+    await leader.elect(fleet.nodes)
+    await leader.stream(wal.end)
+    for receiver in shards:
+        await receiver.connect(node, ttid)
+    await asyncio.gather(*(receiver.receive_until(wal.end) for receiver in shards))
+    for receiver, expected in zip(shards, reference, strict=True):
+        assert signature(receiver.records) == signature(expected.records)
+        receiver.leave()
+    leader.leave()
+
+
+@pytest.mark.parametrize("number", [0, 1])
 async def test_starting_at_any_record(
     wal: RealWal, fleet: Fleet, ttid: TenantTimelineId, reference: list[Receiver], number: int
 ) -> None:

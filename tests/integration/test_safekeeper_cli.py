@@ -75,6 +75,7 @@ def refused(done: Done, *expected: str) -> None:
         (["--remote-storage", "{bucket_name='b'}"], ["remote_storage", "'bucket_region' is missing"]),
         (["--remote-storage", "{local_path='/proc/x'}"], ["--remote-storage: /proc/x"]),
         (["--listen-https", "127.0.0.1:1"], ["--listen-https is not supported yet"]),
+        (["--max-delta-for-fanout", "-1"], ["--max-delta-for-fanout must be at least 0, not -1"]),
         (["--peer-recovery", "perhaps"], ["--peer-recovery", "'perhaps'"]),
         (["--pg-auth-public-key-path", "/k"], ["--pg-auth-public-key-path is not supported yet"]),
         (["--max-global-disk-usage-ratio", "1.8"], ["--max-global-disk-usage-ratio must be from 0 to 1, not 1.8"]),
