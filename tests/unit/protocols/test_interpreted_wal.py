@@ -210,6 +210,21 @@ def test_lies_about_lengths() -> None:
             decode(changed, BINCODE, compressed=False)
 
 
+def test_lies_about_totals() -> None:
+    """How many values have bytes, and up to which LSN, is said twice."""
+    records = InterpretedRecords((InterpretedRecord(0x28, 3, (InterpretedValue(1, 0x28, b"abc"),)),), 0x30, None)
+    for payload_format, total, lie in (
+        (PROTOBUF, "2001 1828", "2002 1828"),
+        (PROTOBUF, "1828 2001", "1829 2001"),
+        (BINCODE, "0000000000000028 0000000000000001 0000000000000028", "0000000000000028 0000000000000000 0000000000000028"),
+        (BINCODE, "0000000000000028 0000000000000001 0000000000000028", "0000000000000027 0000000000000001 0000000000000028"),
+    ):
+        payload = encode(records, payload_format)
+        assert payload.count(bytes.fromhex(total)) == 1
+        with pytest.raises(ProtocolViolation, match="a batch of 1 values up to LSN 40 claims"):
+            decode(payload.replace(bytes.fromhex(total), bytes.fromhex(lie)), payload_format, compressed=False)
+
+
 def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreted_wal, "PAYLOAD_BYTES_MAX", 1 << 20)
     with pytest.raises(ProtocolViolation, match="more than 1048576 bytes"):

@@ -155,6 +155,17 @@ async def test_a_record_larger_than_chunks_is_read_once(seed: int) -> None:
     chunks.close()
 
 
+async def test_a_source_goes_where_it_is_asked_to(seed: int) -> None:
+    wal, rng = Wal(seed).grow(400), random.Random(seed)
+    of = readers(wal)
+    source = of.open_source(PG_MAJOR, SEGMENT)
+    for start in (START, wal.ends[-2], START, *rng.sample(wal.ends[:-1], 20)):
+        chunk = await source.next(Lsn(start), wal.end)
+        assert chunk is not None and chunk.batch.start_lsn == start
+        assert ends_of([chunk]) == [end for end in wal.ends if start < end <= chunk.batch.next_lsn]
+    of.close_source(source)
+
+
 async def test_many_readers_share_the_work(seed: int) -> None:
     wal = Wal(seed).grow(1500)
     of = readers(wal)

@@ -50,7 +50,7 @@ def random_batch(rng: random.Random) -> InterpretedBatch:
     is_image = column(bool, 0, 0, 1)
     length = np.where(is_image, PAGE_SIZE, column(np.int64, 24, 130, 8000))
     metadata = np.array([rng.choice((-1, -1, 0, 9, 400)) for _ in range(count)], np.int64)
-    vm = RelTag(1663, 5, 7, VM_FORK)
+    vm = RelTag(1663, 5, 5, VM_FORK)  # of three shards one has its first page, another one the fifth
     cleared = [md.ClearVmBits(3, None, vm, 3), md.ClearVmBits(3, 4 * HEAP_BLOCKS_PER_VM_PAGE, vm, 3)]
     special = rng.sample(range(count), min(count, 4))
     records = [parseable(rng, size) for size in metadata.tolist()]
