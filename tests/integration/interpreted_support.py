@@ -130,11 +130,12 @@ class Receiver:
     commit_lsn: int = 0
     client: pgclient.PgClient | None = None
 
-    async def connect(self, node: Node, ttid: TenantTimelineId, appname: str = "pageserver-1") -> None:
+    async def connect(self, node: Node, ttid: TenantTimelineId, appname: str = "pageserver-1", term: int | None = None) -> None:
         options = " ".join(f"{name}={value}" for name, value in format_protocol(self.protocol).items())
         what = f"-c tenant_id={ttid.tenant_id} timeline_id={ttid.timeline_id} {options}"
         self.client = await node.connect(ttid, appname, options=what)
-        await self.client.start_copy_both(f"START_REPLICATION PHYSICAL {format_lsn(self.next_lsn)}")
+        suffix = "" if term is None else f" (term='{term}')"
+        await self.client.start_copy_both(f"START_REPLICATION PHYSICAL {format_lsn(self.next_lsn)}{suffix}")
 
     async def receive(self) -> bool:
         """One message; whether it brought WAL."""

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from neon_services.ground.ids import TenantTimelineId
-from neon_services.ground.lsn import format_lsn
+from neon_services.ground.lsn import format_lsn, skip_page_header
 from neon_services.protocols import pgwire
 from neon_services.protocols.interpreted_options import BINCODE, PROTOBUF, InterpretedProtocol, format_protocol
 from neon_services.protocols.pgwire import ServerError
@@ -340,6 +340,48 @@ async def test_a_page_start_inside_a_record_begins_with_the_next_one(
     await receiver.receive_until(wal.end)
     receiver.leave()
     assert signature(receiver.records) == signature([r for r in reference[0].records if r.next_record_lsn > first])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+async def test_pageservers_begin_behind_the_header_of_a_page(
+    wal: RealWal, fleet: Fleet, ttid: TenantTimelineId, reference: list[Receiver], number: int
+) -> None:
+    """Where the next record really begins, when the last one ended with its page."""
+    ends = [end for end in wal.record_ends if end % 8192 == 0][:3]
+    assert ends
+    for end in ends:
+        receiver = Receiver(InterpretedProtocol(BINCODE, None, SHARDS[0]), skip_page_header(end))
+        assert receiver.next_lsn > end
+        await receiver.connect(fleet.nodes[number], ttid)
+        await receiver.receive_until(wal.end)
+        receiver.leave()
+        assert signature(receiver.records) == signature([r for r in reference[0].records if r.next_record_lsn > end])
+
+
+async def test_uncommitted_wal_is_only_for_readers_of_a_term(wal: RealWal, fleet: Fleet) -> None:
+    ttid, node = new_ttid(), fleet.nodes[1]
+    leader = proposer(wal, ttid)
+    await leader.elect(fleet.nodes)
+    end = wal.record_ends[3000]
+    for member in leader.members:
+        leader.send(member, end)
+        while member.flushed < end:
+            await leader.answer(member)
+    readers = [Receiver(InterpretedProtocol(PROTOBUF, None, shard), wal.start) for shard in SHARDS[:2]]
+    await readers[0].connect(node, ttid, "safekeeper_recovery", leader.term)
+    await readers[0].receive_until(end)
+    await readers[1].connect(node, ttid)
+    assert not await readers[1].receive(), "nothing is committed"
+    wrong = Receiver(InterpretedProtocol(PROTOBUF, None, SHARDS[0]), wal.start)
+    with pytest.raises(ServerError, match=f"failed to acquire term {leader.term + 1}, current term {leader.term}"):
+        await wrong.connect(node, ttid, "safekeeper_recovery", leader.term + 1)
+    leader.commit = end
+    for member in leader.members:
+        leader.send(member, end)
+    await readers[1].receive_until(end)
+    for receiver in (*readers, wrong):
+        receiver.leave()
+    leader.leave()
 
 
 async def test_deleting_the_timeline_ends_the_stream(wal: RealWal, fleet: Fleet) -> None:
