@@ -108,7 +108,7 @@ class SharedChunks:
 
     def __init__(self) -> None:
         self._made: OrderedDict[Lsn, Chunk] = OrderedDict()
-        self._making: dict[Lsn, asyncio.Task[Chunk | None]] = {}
+        self._making: dict[Lsn, tuple[asyncio.Task[Chunk | None], Lsn]] = {}  # and the end of what it may read
         self._kept_bytes = 0
         self._newest_end = INVALID_LSN
         self.users = 0
@@ -121,15 +121,15 @@ class SharedChunks:
         """The chunk there, when it was made not long ago."""
         return self._made.get(position)
 
-    def in_work(self, position: Lsn) -> "asyncio.Task[Chunk | None] | None":
-        """The making of the chunk there."""
+    def in_work(self, position: Lsn) -> "tuple[asyncio.Task[Chunk | None], Lsn] | None":
+        """The making of the chunk there, and the end of what it may read."""
         return self._making.get(position)
 
     def make(self, source: ChunkSource, position: Lsn, end: Lsn) -> "asyncio.Task[Chunk | None]":
         """Have the chunk made; the work goes on when the reader that began it is gone, as others may wait for it."""
         task = asyncio.create_task(self._make(source, position, end))
         task.add_done_callback(_forget_failure)
-        self._making[position] = task
+        self._making[position] = task, end
         return task
 
     async def _make(self, source: ChunkSource, position: Lsn, end: Lsn) -> Chunk | None:
@@ -203,12 +203,15 @@ class ChunkFeed:
         if shared is None or shared.is_far(position, self._max_delta):
             return await self._own_source().next(position, end)
         chunk = shared.kept(position)
-        if chunk is None:
+        while chunk is None:
             work = shared.in_work(position)
             if work is None:
                 self._work = shared.make(self._own_source(), position, end)
                 return await asyncio.shield(self._work)
-            chunk = await asyncio.shield(work)
+            task, its_end = work
+            chunk = await asyncio.shield(task)
+            if chunk is None and its_end >= end:
+                return None  # else there may be a record by now, that the other reader could not see
         self._close_source()
         return chunk
 

@@ -149,6 +149,8 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         raise ConfigError("--enable-offload needs --remote-storage, and not --disable-wal-backup")
     if arguments.delete_offloaded_wal and not arguments.enable_offload:
         raise ConfigError("--delete-offloaded-wal needs --enable-offload")
+    if arguments.max_delta_for_fanout is not None and not arguments.wal_reader_fanout:
+        raise ConfigError("--max-delta-for-fanout needs --wal-reader-fanout")
     listen_pg = parse_host_port(arguments.listen_pg, what="--listen-pg")
     advertise_pg = arguments.advertise_pg or arguments.listen_pg
     parse_host_port(advertise_pg, what="--advertise-pg")

@@ -34,7 +34,7 @@ class Wal:
 
     def grow(self, count: int, largest: int = 3000) -> "Wal":
         for _ in range(count):
-            self.record(self._random.randrange(1, largest))
+            self.record(self._random.randrange(20, largest))
         return self
 
     def record(self, size: int) -> "Wal":
@@ -277,6 +277,26 @@ async def test_a_failure_reaches_all_who_wait_and_nobody_after(seed: int) -> Non
     for chunks in everyone:
         assert ends_of(await follow(chunks, START, wal.end)) == wal.ends
         chunks.close()
+
+
+async def test_who_may_read_more_is_not_told_that_there_is_nothing(seed: int) -> None:
+    """The first reader's end is in the middle of a record, the second one's behind it."""
+    wal = Wal(seed).grow(10)
+    of = readers(wal)
+    first, second, third = feed(of), feed(of), feed(of)
+    wal.gate.clear()
+    short = asyncio.create_task(first.next(START, Lsn(START + 50)))
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(second.next(START, wal.end)), asyncio.create_task(third.next(START, Lsn(START + 49)))]
+    await asyncio.sleep(0)
+    wal.gate.set()
+    assert await short is None
+    whole, nothing = await asyncio.gather(*others)
+    assert whole is not None and ends_of([whole]) == wal.ends
+    assert nothing is None
+    for chunks in (first, second, third):
+        chunks.close()
+    assert of.count == wal.open_files == 0
 
 
 async def test_the_first_may_leave_while_others_wait(seed: int) -> None:
