@@ -16,8 +16,7 @@ from neon_services.wal.interpret import I64Array, InterpretedBatch
 from neon_services.wal.interpreted_selection import IMAGE_HEADER_BYTES, RECORD_HEADER_BYTES, Selection, select
 
 _VARINT_LIMITS = np.array([1 << 7 * width for width in range(1, 10)], np.uint64)
-_SHIFTS = np.arange(10, dtype=np.uint64) * np.uint64(7)
-_SEVEN_BITS, _MORE = np.uint8(0x7F), np.uint8(0x80)
+_SEVEN_BITS, _SEVEN = np.uint8(0x7F), np.uint64(7)
 _PLACES = np.arange(17)
 _IMAGE_HEADER = np.frombuffer(bytes(4) + PAGE_SIZE.to_bytes(8, "big"), np.uint8)
 _RECORD_HEADER = np.dtype([("kind", ">u4"), ("variant", ">u4"), ("will_init", "u1"), ("length", ">u8")])
@@ -82,29 +81,36 @@ class _Varints:
         self._width: I64Array = width
         self.size: I64Array = width + 1 if present is None else np.where(present, width + 1, 0)
 
-    def write(self, out: np.ndarray, places: I64Array) -> I64Array:
+    def write(self, out: "_Scattered", places: I64Array) -> I64Array:
         """Write tag and number; the places behind."""
-        at, values, width = places, self.values, self._width
-        if self._present is not None:
-            at, values, width = at[self._present], values[self._present], width[self._present]
-        if not len(at):
-            return places
-        behind = places + self.size
-        out[at] = self._tag
-        narrowest, widest = int(width.min()), int(width.max())
-        for byte in range(widest):
-            if byte >= narrowest:  # some numbers have ended
-                longer = width > byte
-                at, values, width = at[longer], values[longer], width[longer]
-            part = (values >> _SHIFTS[byte]).astype(np.uint8)
-            if byte < narrowest - 1:
-                part |= _MORE
-            else:
-                part &= _SEVEN_BITS
-                part[width > byte + 1] |= _MORE
-            at = at + 1
+        present = slice(None) if self._present is None else self._present
+        out.add(places[present], self.values[present], self._width[present], self._tag)
+        return places + self.size
+
+
+class _Scattered:
+    """All numbers of a message on their way to their places: written at once, as each call of numpy has its price."""
+
+    def __init__(self) -> None:
+        self._columns: list[tuple[I64Array, U64Array, I64Array]] = []
+        self._tags: list[int] = []
+
+    def add(self, places: I64Array, values: U64Array, width: I64Array, tag: int) -> None:
+        self._columns.append((places, values, width))
+        self._tags.append(tag)
+
+    def write(self, out: np.ndarray) -> None:
+        """Byte by byte of all numbers, least significant first; each but the last of a number says that more follow."""
+        at, values, width = (np.concatenate(column) for column in zip(*self._columns, strict=True))
+        out[at] = np.repeat(np.array(self._tags, np.uint8), [len(places) for places, _, _ in self._columns])
+        at = at + 1
+        while len(at):
+            part = values.astype(np.uint8)  # the low 8 bits
+            longer = width > 1
+            part &= _SEVEN_BITS
+            part |= longer.astype(np.uint8) << np.uint8(7)
             out[at] = part
-        return behind
+            at, values, width = at[longer] + 1, values[longer] >> _SEVEN, width[longer] - 1
 
 
 def _put_bytes(out: np.ndarray, places: I64Array, tag: int, value: np.ndarray | int) -> None:
@@ -141,24 +147,26 @@ def _lay_protobuf(selection: Selection, next_lsn: int, start_lsn: int) -> _Laid:
     last = _Varints(np.array([next_lsn]), 0x10), _Varints(np.array([start_lsn]), 0x18)
     total = int(ends[-1]) if len(ends) else 0
     out = np.zeros(total + int(last[0].size[0] + last[1].size[0]), np.uint8)
-    last[1].write(out, last[0].write(out, np.array([total])))
+    numbers = _Scattered()
+    last[1].write(numbers, last[0].write(numbers, np.array([total])))
 
-    metadata_at = metadata.write(out, record.write(out, ends - record.size - record.values.astype(np.int64)))
-    raw_at = raw.write(out, batch.write(out, metadata_at + metadata.values.astype(np.int64)))
+    metadata_at = metadata.write(numbers, record.write(numbers, ends - record.size - record.values.astype(np.int64)))
+    raw_at = raw.write(numbers, batch.write(numbers, metadata_at + metadata.values.astype(np.int64)))
     places = raw_at + selection.raw_bytes
     entry_at += places[selection.record]
-    places = next_record.write(out, count.write(out, max_lsn.write(out, places + entries)))
+    places = next_record.write(numbers, count.write(numbers, max_lsn.write(numbers, places + entries)))
     _put_bytes(out, places[selection.flush_uncommitted], 0x20, 1)
-    xid.write(out, places + flush)
+    xid.write(numbers, places + flush)
 
     _put_bytes(out, entry_at, 0x12, inner)
     entry_at += 2
     _put_bytes(out, entry_at[~has_bytes], 0x08, 1)
     entry_at[~has_bytes] += 2
     _put_bytes(out, entry_at, 0x12, key_bytes)
-    places = value_lsn.write(out, low.write(out, high.write(out, entry_at + 2)))
-    places = length.write(out, offset.write(out, places))
+    places = value_lsn.write(numbers, low.write(numbers, high.write(numbers, entry_at + 2)))
+    places = length.write(numbers, offset.write(numbers, places))
     _put_bytes(out, places[has_bytes], 0x30, selection.will_init[has_bytes])
+    numbers.write(out)
     return out, metadata_at, raw_at
 
 
