@@ -19,6 +19,7 @@ from neon_services.pageserver.keys import RelTag
 from neon_services.pageserver.native_records import CLOG_XIDS_PER_PAGE
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.values import IndexArray
+from neon_services.wal import xact
 from neon_services.wal.records import WalBatch
 
 _LOOKED_AT = np.zeros(256, bool)
@@ -96,7 +97,7 @@ class _BatchIngest:
         looked_at = _LOOKED_AT[rmid]
         looked_at &= ~((rmid == ir.XLOG) & ((opcode == _FPI) | (opcode == _FPI_FOR_HINT)))
         # with the 0x80 bit clear, the opcode is the whole high half: nothing but the time follows
-        simple = (rmid == ir.XACT) & ((opcode == ingest_xact.COMMIT) | (opcode == ingest_xact.ABORT))
+        simple = (rmid == ir.XACT) & ((opcode == xact.COMMIT) | (opcode == xact.ABORT))
         looked_at &= ~simple
         looked_at[self._first_of_new_xids()] = True
         return np.flatnonzero(simple), np.flatnonzero(looked_at)

@@ -23,6 +23,7 @@ from neon_services.pageserver.native_records import (
 from neon_services.pageserver.relations import forks_of
 from neon_services.pageserver.slru import clog_segments_before
 from neon_services.pageserver.values import NATIVE
+from neon_services.wal import xact
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Record(NamedTuple):
 
     @property
     def opcode(self) -> int:
-        return self.info & (ingest_xact.OPCODE_MASK if self.rmid == XACT else 0xF0)
+        return self.info & (xact.OPCODE_MASK if self.rmid == XACT else 0xF0)
 
 
 def is_barrier(record: Record) -> bool:
@@ -55,8 +56,8 @@ def is_barrier(record: Record) -> bool:
     if record.rmid == SMGR:
         return record.opcode == _SMGR_TRUNCATE
     if record.rmid == XACT:
-        ends = record.opcode not in (ingest_xact.PREPARE, 0x50, 0x60)
-        return ends and ingest_xact.drops_relations(record.info, record.main)
+        ends = record.opcode not in (xact.PREPARE, 0x50, 0x60)
+        return ends and xact.drops_relations(record.info, record.main)
     return record.rmid == DBASE
 
 
@@ -69,7 +70,7 @@ def relations_needed(record: Record, pg_major: int) -> list[RelTag]:
         _, spc, db, rel, _ = _unpack("<IIIIi", record)
         return list(forks_of(spc, db, rel))
     if record.rmid == XACT and is_barrier(record):
-        relations = ingest_xact.parse_xact(record.info, record.main, pg_major).relations
+        relations = xact.parse_xact(record.info, record.main, pg_major).relations
         return [tag for relation in relations for tag in forks_of(*relation)]
     return []
 
@@ -119,14 +120,14 @@ def _xlog(tip: TipState, record: Record) -> None:
 
 
 def _xact(tip: TipState, record: Record) -> None:
-    if record.opcode == ingest_xact.PREPARE:
+    if record.opcode == xact.PREPARE:
         xid = tip.checkpoint.full_xid(record.xid) if tip.pg_major >= 17 else record.xid
         tip.put_prepared(xid, record.main, record.end_lsn)
     elif record.opcode in (
-        ingest_xact.COMMIT,
-        ingest_xact.ABORT,
-        ingest_xact.COMMIT_PREPARED,
-        ingest_xact.ABORT_PREPARED,
+        xact.COMMIT,
+        xact.ABORT,
+        xact.COMMIT_PREPARED,
+        xact.ABORT_PREPARED,
     ):
         parsed = ingest_xact.put_xact(tip, record.info, record.xid, record.main, record.raw, record.end_lsn)
         for relation in parsed.relations:

@@ -11,51 +11,45 @@ so that creating a relation costs one small value whatever the number of relatio
 range scan. A relation fork exists exactly when its size key has a value.
 """
 
-from typing import NamedTuple
+from neon_services.protocols.page_keys import (
+    FORK_SUFFIXES,
+    FSM_FORK,
+    INIT_FORK,
+    MAIN_FORK,
+    PAGE_SIZE,
+    VM_FORK,
+    Halves,
+    RelTag,
+    U64Array,
+    block_keys,
+    make_key,
+    relation_block,
+)
 
-import numpy as np
-import numpy.typing as npt
+__all__ = [
+    "FORK_SUFFIXES",
+    "FSM_FORK",
+    "INIT_FORK",
+    "MAIN_FORK",
+    "PAGE_SIZE",
+    "VM_FORK",
+    "Halves",
+    "RelTag",
+    "U64Array",
+    "block_keys",
+    "make_key",
+    "relation_block",
+]
 
-Halves = tuple[int, int]
-U64Array = npt.NDArray[np.uint64]
-
-MAIN_FORK, FSM_FORK, VM_FORK, INIT_FORK = range(4)
-FORK_SUFFIXES = ("", "_fsm", "_vm", "_init")
 CLOG, MULTIXACT_MEMBERS, MULTIXACT_OFFSETS = range(3)
 SLRU_DIRECTORIES = ("pg_xact", "pg_multixact/members", "pg_multixact/offsets")
 SLRU_PAGES_PER_SEGMENT = 32
 DEFAULT_TABLESPACE, GLOBAL_TABLESPACE = 1663, 1664
-PAGE_SIZE = 8192
 SIZE_BLOCK = 0xFFFF_FFFF  # field 6 of the keys that hold the size of a relation or of an SLRU segment
 RELATION_EXISTS = b"r"
 
 _RELATION_DIRECTORY_V2 = 0x65
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
-
-
-class RelTag(NamedTuple):
-    """One fork of one relation."""
-
-    spc: int
-    db: int
-    rel: int
-    fork: int
-
-    def file_name(self) -> str:
-        """The name of its (first) file."""
-        return f"{self.rel}{FORK_SUFFIXES[self.fork]}"
-
-    def __str__(self) -> str:
-        return f"{self.spc}/{self.db}/{self.rel}{FORK_SUFFIXES[self.fork] if self.fork < 4 else f'_fork{self.fork}'}"
-
-
-def make_key(field1: int, field2: int, field3: int, field4: int, field5: int, field6: int) -> Halves:
-    """The halves of a key given by its fields."""
-    return (
-        (field1 & 0x7F) << 56 | (field2 & 0xFFFF) << 40 | field3 << 8 | field4 >> 24,
-        (field4 & 0xFF_FFFF) << 40 | field5 << 32 | field6,
-    )
-
 
 DB_DIRECTORY = make_key(0, 0, 0, 0, 0, 0)
 TWOPHASE_DIRECTORY = make_key(2, 0, 0, 0, 0, 0)
@@ -68,11 +62,6 @@ REPLICATION_ORIGINS_RANGE = (make_key(0x63, 0, 0, 0, 0, 0), make_key(0x64, 0, 0,
 def relation_map(spc: int, db: int) -> Halves:
     """pg_filenode.map of a database, or of the shared relations: (1664, 0)."""
     return make_key(0, spc, db, 0, 0, 0)
-
-
-def relation_block(tag: RelTag, block: int) -> Halves:
-    """One 8 KiB page."""
-    return make_key(0, tag.spc, tag.db, tag.rel, tag.fork, block)
 
 
 def relation_size(tag: RelTag) -> Halves:
@@ -153,21 +142,3 @@ def aux_file(path: str) -> Halves:
     rest = path.removeprefix(prefix) if prefix else path
     value = 0x62 << 120 | first << 112 | second << 104 | fnv1a_128(rest.encode()) & (1 << 104) - 1
     return value >> 64, value & _MASK64
-
-
-def block_keys(
-    spc: npt.NDArray[np.integer],
-    db: npt.NDArray[np.integer],
-    rel: npt.NDArray[np.integer],
-    fork: npt.NDArray[np.integer],
-    block: npt.NDArray[np.integer],
-) -> tuple[U64Array, U64Array]:
-    """``relation_block`` for columns."""
-    wide_rel = rel.astype(np.uint64)
-    hi = spc.astype(np.uint64) << np.uint64(40)
-    hi |= db.astype(np.uint64) << np.uint64(8)
-    hi |= wide_rel >> np.uint64(24)
-    lo = (wide_rel & np.uint64(0xFF_FFFF)) << np.uint64(40)
-    lo |= fork.astype(np.uint64) << np.uint64(32)
-    lo |= block.astype(np.uint64)
-    return hi, lo

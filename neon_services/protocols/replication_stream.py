@@ -1,9 +1,10 @@
 """Physical replication inside CopyData: what Postgres's walsender and walreceiver say, and Neon's pageserver feedback.
 
 Layouts, big-endian: ``'w' u64 start, u64 wal_end, i64 time, bytes`` and ``'k' u64 wal_end, i64 time, u8 reply_requested``
-from the sender; ``'r' u64 write, u64 flush, u64 apply, i64 time, u8 reply``, ``'h' i64 time, u32 xmin, u32 xmin_epoch,
-u32 catalog_xmin, u32 catalog_epoch`` and ``'z' u64 length, PageserverFeedback blob`` from the receiver. Times are Postgres
-microseconds. A message that is cut off, too long or unknown raises ProtocolViolation.
+from the sender, ``'0' u64 streaming_lsn, u64 commit_lsn, payload`` instead of 'w' when WAL is interpreted (interpreted_wal.py);
+``'r' u64 write, u64 flush, u64 apply, i64 time, u8 reply``, ``'h' i64 time, u32 xmin, u32 xmin_epoch, u32 catalog_xmin,
+u32 catalog_epoch`` and ``'z' u64 length, PageserverFeedback blob`` from the receiver. Times are Postgres microseconds. What is
+cut off, too long or unknown raises ProtocolViolation.
 """
 
 import struct
@@ -17,12 +18,14 @@ from neon_services.protocols.safekeeper_messages import HotStandbyFeedback
 MAX_XLOG_DATA_BYTES = 128 * 1024
 
 _XLOG_DATA = struct.Struct("!cQQq")
+_INTERPRETED = struct.Struct("!cQQ")
 _KEEPALIVE = struct.Struct("!cQqB")
 _STANDBY_STATUS = struct.Struct("!cQQQqB")
 _HOT_STANDBY = struct.Struct("!cqIIII")
 _LENGTH = struct.Struct("!Q")
 
 XLOG_DATA_HEADER_BYTES = _XLOG_DATA.size
+INTERPRETED_HEADER_BYTES = _INTERPRETED.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,19 @@ class XLogData:
     def pack(self) -> bytes:
         """The message."""
         return pack_xlog_data_header(self.start_lsn, self.wal_end_lsn, self.send_time_us) + bytes(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class InterpretedWal:
+    """Interpreted records of WAL up to ``streaming_lsn``, while WAL is committed up to ``commit_lsn``."""
+
+    streaming_lsn: Lsn
+    commit_lsn: Lsn
+    payload: memoryview | bytes
+
+    def pack(self) -> bytes:
+        """The message."""
+        return pack_interpreted_header(self.streaming_lsn, self.commit_lsn) + bytes(self.payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +94,11 @@ def pack_xlog_data_header(start_lsn: int, wal_end_lsn: int, send_time_us: int) -
     return _XLOG_DATA.pack(b"w", start_lsn, wal_end_lsn, send_time_us)
 
 
+def pack_interpreted_header(streaming_lsn: int, commit_lsn: int) -> bytes:
+    """The 17 bytes in front of the payload of an InterpretedWal."""
+    return _INTERPRETED.pack(b"0", streaming_lsn, commit_lsn)
+
+
 def pack_hot_standby_feedback(feedback: HotStandbyFeedback) -> bytes:
     """An 'h' message; the 64-bit transaction ids are split into epoch and id."""
     xmin, catalog_xmin = feedback.xmin, feedback.catalog_xmin
@@ -110,6 +131,19 @@ def parse_sender_message(body: memoryview | bytes) -> SenderMessage:
         _, wal_end_lsn, send_time_us, reply_requested = _exact(body, _KEEPALIVE, "keepalive")
         return Keepalive(wal_end_lsn, send_time_us, bool(reply_requested))
     raise ProtocolViolation(f"unknown message {tag!r} from the WAL sender")
+
+
+def parse_interpreted_message(body: memoryview | bytes) -> InterpretedWal | Keepalive:
+    """What a sender of interpreted WAL sent. InterpretedWal keeps a view of ``body``."""
+    if bytes(body[:1]) == b"0":
+        if len(body) < _INTERPRETED.size:
+            raise ProtocolViolation(f"interpreted WAL is cut off at {len(body)} bytes")
+        _, streaming_lsn, commit_lsn = _INTERPRETED.unpack_from(body)
+        return InterpretedWal(streaming_lsn, commit_lsn, body[_INTERPRETED.size :])
+    message = parse_sender_message(body)
+    if isinstance(message, XLogData):
+        raise ProtocolViolation("vanilla WAL in a stream of interpreted WAL")
+    return message
 
 
 def parse_receiver_message(body: memoryview | bytes) -> ReceiverMessage:

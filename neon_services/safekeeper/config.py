@@ -43,6 +43,9 @@ class SafekeeperConfig:
     periodic_broker_push: bool = True
     walsenders_keep_horizon: bool = False
     peer_recovery: bool = False
+    #: WAL is interpreted once for all shards; those further apart than this many bytes (None: any) are served on their own.
+    wal_reader_fanout: bool = False
+    max_delta_for_fanout: int | None = None
     sync: bool = True
     #: The remote_storage table; None: no WAL is sent, and none is ever removed.
     remote_storage: dict[str, Any] | None = None

@@ -13,6 +13,7 @@ from neon_services.ground.pgtime import to_datetime
 from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.replication_stream import StandbyStatus
 from neon_services.protocols.safekeeper_messages import NO_STANDBY_FEEDBACK, AcceptorMessage, HotStandbyFeedback
+from neon_services.protocols.sharding import ShardIdentity
 
 _connection_ids = itertools.count(1)
 
@@ -50,6 +51,7 @@ class WalSenderState:
     pageserver: PageserverFeedback | None = None
     standby_status: StandbyStatus | None = None
     standby_feedback: HotStandbyFeedback = NO_STANDBY_FEEDBACK
+    shard: ShardIdentity | None = None  #: of a reader of interpreted WAL
 
     @property
     def is_standby(self) -> bool:
@@ -90,15 +92,10 @@ class WalSenderState:
                 }
             }
         ttid = {"tenant_id": str(self.ttid.tenant_id), "timeline_id": str(self.ttid.timeline_id)}
-        return {
-            "Vanilla": {
-                "ttid": ttid,
-                "addr": self.address,
-                "conn_id": self.conn_id,
-                "appname": self.appname,
-                "feedback": feedback,
-            }
-        }
+        about = {"addr": self.address, "conn_id": self.conn_id, "appname": self.appname, "feedback": feedback}
+        if self.shard is not None:
+            return {"Interpreted": {"ttid": ttid, "shard": self.shard.to_json(), **about}}
+        return {"Vanilla": {"ttid": ttid, **about}}
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """``safekeeper``: Neon's command line for a safekeeper.
 
-Options of features that are not there yet are refused unless they say "off": an option that is accepted does something.
+All of Neon's options are here, and each does what it says; ``--dev`` and ``--current-thread-runtime`` have nothing to change.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import prometheus_client
@@ -32,21 +31,6 @@ log = logging.getLogger(__name__)
 
 ID_FILE = "safekeeper.id"
 PID_FILE = "safekeeper.pid"
-
-
-@dataclass(frozen=True)
-class _LaterOption:
-    """An option of Neon's whose feature is not there yet; ``off`` are the values that may be given."""
-
-    name: str
-    off: tuple[str, ...] = ()
-    takes_value: bool = True
-
-
-_LATER = (
-    _LaterOption("--max-delta-for-fanout"),
-    _LaterOption("--wal-reader-fanout", takes_value=False),
-)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -72,6 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--peer-recovery", default="false", metavar="true|false", help="catch up from peers while no compute streams")
     add("--disable-periodic-broker-push", action="store_true")
     add("--walsenders-keep-horizon", action="store_true", help="keep WAL that a connected pageserver has not received")
+    add("--wal-reader-fanout", action="store_true", help="interpret WAL once for all shards of a tenant that follow it")
+    add("--max-delta-for-fanout", type=int, metavar="BYTES", help="a shard that is further away is served apart; default: any")
     add("--remote-storage", metavar="TOML", help="where WAL is sent; without it no WAL is ever removed from the disk")
     add("--disable-wal-backup", action="store_true", help="only read WAL from object storage, send none")
     add("--wal-backup-parallel-jobs", type=int, default=5, metavar="N", help="segments that are sent at once")
@@ -96,20 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--current-thread-runtime", action="store_true", help="always so here")
     add("--dev", action="store_true", help="accepted; changes nothing here")
     add("--version", action="version", version=f"safekeeper {__version__}")
-    for option in _LATER:
-        if option.takes_value:
-            add(option.name, metavar="VALUE", help="not supported yet")
-        else:
-            add(option.name, action="store_true", help="not supported yet")
     return parser
-
-
-def _refuse_later_options(arguments: argparse.Namespace) -> None:
-    for option in _LATER:
-        value = getattr(arguments, option.name.removeprefix("--").replace("-", "_"))
-        if value is None or value is False or value in option.off:
-            continue
-        raise ConfigError(f"{option.name} is not supported yet: leave it out")
 
 
 def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> SafekeeperConfig:
@@ -145,6 +118,8 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         raise ConfigError("--enable-offload needs --remote-storage, and not --disable-wal-backup")
     if arguments.delete_offloaded_wal and not arguments.enable_offload:
         raise ConfigError("--delete-offloaded-wal needs --enable-offload")
+    if arguments.max_delta_for_fanout is not None and not arguments.wal_reader_fanout:
+        raise ConfigError("--max-delta-for-fanout needs --wal-reader-fanout")
     listen_pg = parse_host_port(arguments.listen_pg, what="--listen-pg")
     advertise_pg = arguments.advertise_pg or arguments.listen_pg
     parse_host_port(advertise_pg, what="--advertise-pg")
@@ -163,6 +138,8 @@ def read_config(arguments: argparse.Namespace, datadir: Path, node_id: int) -> S
         periodic_broker_push=not arguments.disable_periodic_broker_push,
         walsenders_keep_horizon=arguments.walsenders_keep_horizon,
         peer_recovery=arguments.peer_recovery == "true",
+        wal_reader_fanout=arguments.wal_reader_fanout,
+        max_delta_for_fanout=None if arguments.max_delta_for_fanout is None else number("--max-delta-for-fanout", 0),
         sync=not arguments.no_sync,
         remote_storage=remote_storage,
         access=read_access(arguments),
@@ -231,7 +208,6 @@ def _enter_datadir(text: str) -> Path:
 async def _serve(arguments: argparse.Namespace, servers: list[SafekeeperServer]) -> int:
     if arguments.dump_control_file is not None:
         return dump_control_file(Path(arguments.dump_control_file))
-    _refuse_later_options(arguments)
     failpoints.enable_from_environment()
     datadir = _enter_datadir(arguments.datadir)
     lock = PidFile(datadir / PID_FILE)

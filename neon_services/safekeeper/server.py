@@ -15,6 +15,7 @@ from neon_services.safekeeper.broker_loops import BrokerLoops
 from neon_services.safekeeper.config import SafekeeperConfig
 from neon_services.safekeeper.disk_guard import DiskGuard
 from neon_services.safekeeper.http_api import HttpApi
+from neon_services.safekeeper.interpreted_sender import Fanout
 from neon_services.safekeeper.listeners import Listeners
 from neon_services.safekeeper.manager import Manager
 from neon_services.safekeeper.offload import Offload
@@ -39,6 +40,7 @@ class SafekeeperServer:
         self.timelines = Timelines(config.datadir, config.node_id, sync=config.sync)
         self._offload: Offload | None = None
         self._remote_deletion: RemoteDeletion | None = None
+        self._fanout = Fanout(config.wal_reader_fanout, config.max_delta_for_fanout)
         config.access.peers().check()
         self._listeners = Listeners(config)
         self._broker = BrokerClient(
@@ -83,7 +85,7 @@ class SafekeeperServer:
         recovery = self._startup_recovery()  # before anybody can create timelines
         api = HttpApi(config, self.timelines, self._remote_deletion)
         await self._listeners.start(
-            lambda connection, access: WalServiceHandler(self.timelines, connection, access), api.application
+            lambda connection, access: WalServiceHandler(self.timelines, connection, access, self._fanout), api.application
         )
         TRAFFIC.availability_zone = config.availability_zone
         prometheus_client.REGISTRY.register(TRAFFIC)

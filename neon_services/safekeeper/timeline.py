@@ -26,6 +26,7 @@ from neon_services.safekeeper.connections import (
     standby_horizon,
 )
 from neon_services.safekeeper.control_file import FILE_NAME, ControlFile, PartialSegment
+from neon_services.safekeeper.interpreted_chunks import InterpretedReaders
 from neon_services.safekeeper.offloaded_segment import bring_back
 from neon_services.safekeeper.remote_wal import RemoteWal
 from neon_services.safekeeper.timeline_storage import TimelineStorage
@@ -46,6 +47,7 @@ class Timeline(TimelineStorage):
         self.receivers: dict[int, WalReceiverState] = {}
         self.senders: dict[int, WalSenderState] = {}
         self.peers: dict[int, Peer] = {}
+        self.interpreted = InterpretedReaders(self.reader)
         self.cancelled = False
         self.active = False
         #: Tell the broker once more although the timeline is not active: a peer does not know what we know.

@@ -35,6 +35,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Timeline], float]], ...] = (
     ("timeline_active", "Whether the timeline is published at the broker", lambda t: t.active),
     ("wal_backup_active", "Whether this safekeeper uploads the timeline's WAL", lambda t: t.offloading),
     ("connected_computes", "Connected proposers", lambda t: t.computes),
+    ("interpreted_wal_reader_tasks", "Readers that interpret WAL", lambda t: t.interpreted.count),
     ("disk_usage_bytes", "Bytes of WAL segments on disk", lambda t: t.disk_usage_bytes),
     ("acceptor_term", "Highest term promised", lambda t: t.acceptor.term),
 )

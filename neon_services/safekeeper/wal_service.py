@@ -1,7 +1,7 @@
 """The Postgres-wire port of a safekeeper: which command does what.
 
 Commands: START_WAL_PUSH (proposers), START_REPLICATION (readers), IDENTIFY_SYSTEM, TIMELINE_STATUS, ``set datestyle``, and
-the SHOW that stock receivers need.
+the SHOW that stock receivers need. START_REPLICATION gives plain WAL or, by the option ``protocol``, interpreted WAL.
 The timeline is named by ``tenant_id`` and ``timeline_id`` in the startup packet's options.
 """
 
@@ -15,10 +15,12 @@ from neon_services.ground.errors import NeonError, ProtocolViolation
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
 from neon_services.protocols import pgwire
+from neon_services.protocols.interpreted_options import BadProtocolOption, InterpretedProtocol, parse_protocol_options
 from neon_services.protocols.pgserver import EndConnection, ServerConnection
 from neon_services.protocols.safekeeper_messages import PROTOCOL_VERSION
 from neon_services.protocols.safekeeper_messages_v2 import PROTOCOL_VERSION_2
 from neon_services.safekeeper import metrics, pg_access
+from neon_services.safekeeper.interpreted_sender import NO_FANOUT, Fanout, InterpretedSender
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.traffic import TRAFFIC
@@ -51,11 +53,19 @@ def parse_wal_push_options(sql: str) -> tuple[int, bool]:
 class WalServiceHandler:
     """One connection to the WAL port."""
 
-    def __init__(self, timelines: Timelines, connection: ServerConnection, access: pg_access.PgAccess | None = None) -> None:
+    def __init__(
+        self,
+        timelines: Timelines,
+        connection: ServerConnection,
+        access: pg_access.PgAccess | None = None,
+        fanout: Fanout = NO_FANOUT,
+    ) -> None:
         self._timelines = timelines
         self._connection = connection
         self._access = access or pg_access.PgAccess()
         self._claims: Claims | None = None
+        self._fanout = fanout
+        self._protocol: InterpretedProtocol | None = None
         self._options: dict[str, str] = {}
         self._appname: str | None = None
         self._receiver: WalReceiver | None = None
@@ -66,8 +76,10 @@ class WalServiceHandler:
         self._options = message.options()
         self._appname = message.parameters.get("application_name") or None
         TRAFFIC.begin(self._connection, self._options.get("availability_zone"), self._appname)
-        if "protocol" in self._options and '"vanilla"' not in self._options["protocol"]:
-            raise pgwire.ServerError("0A000", "the interpreted WAL protocol is not supported yet: use vanilla")
+        try:
+            self._protocol = parse_protocol_options(self._options)
+        except BadProtocolOption as error:
+            raise pgwire.ServerError("22023", str(error)) from error
 
     def _ttid(self) -> TenantTimelineId:
         """The timeline that commands are about, if this connection may reach it."""
@@ -135,7 +147,7 @@ class WalServiceHandler:
         timeline = self._timelines.get(self._ttid())
         try:
             async with timeline.residence():
-                await WalSender(timeline, self._connection, self._appname, term).run(parse_lsn(command["lsn"]))
+                await self._sender(timeline, term).run(parse_lsn(command["lsn"]))
         except (EndConnection, ConnectionError, asyncio.CancelledError, ProtocolViolation):
             raise
         except (NeonError, OSError) as error:
@@ -144,6 +156,11 @@ class WalServiceHandler:
             sqlstate = error.sqlstate if isinstance(error, pgwire.ServerError) else "XX000"
             self._connection.fail(str(error), sqlstate)
             raise EndConnection(str(error)) from error
+
+    def _sender(self, timeline: Timeline, term: int | None) -> WalSender:
+        if self._protocol is None:
+            return WalSender(timeline, self._connection, self._appname, term)
+        return InterpretedSender(timeline, self._connection, self._appname, term, self._protocol, self._fanout)
 
     async def _identify_system(self, _: str) -> None:
         timeline = self._timelines.get(self._ttid())

@@ -71,30 +71,32 @@ class WalSender:
     async def run(self, start: Lsn) -> None:
         """Stream from ``start``. Raises what the connection is to be told; EndConnection when the reader ended it."""
         timeline = self._timeline
+        self._check_start(start)
+        # Neon's word for a reader that is not shared; the target without its number, for clients choose it
+        gauge = metrics.WAL_READERS.labels("future", (self._appname or "unknown").split("-")[0])
+        gauge.inc()
+        timeline.senders[self._state.conn_id] = self._state
+        self._connection.copy_sink = self._on_message
+        self._connection.begin_copy_both()
+        ended = asyncio.create_task(self._watch_end())
+        try:
+            await self._stream_from(start)
+        finally:
+            ended.cancel()
+            gauge.dec()
+            del timeline.senders[self._state.conn_id]
+            timeline.standby_feedback_changed()
+            timeline.on_change(timeline)
+
+    def _check_start(self, start: Lsn) -> None:
+        """Raise what makes the stream impossible, before it begins."""
+        timeline = self._timeline
         if start < timeline.first_available_lsn:
             raise NeonError(
                 f"WAL at {format_lsn(start)} is not here: the first WAL of timeline {timeline.ttid} on this safekeeper "
                 f"is at {format_lsn(timeline.first_available_lsn)}"
             )
-        self._end_position()  # a wrong term is refused before the stream begins
-        # Neon's word for a reader that is not shared; the target without its number, for clients choose it
-        gauge = metrics.WAL_READERS.labels("future", (self._appname or "unknown").split("-")[0])
-        gauge.inc()
-        timeline.senders[self._state.conn_id] = self._state
-        reader = timeline.reader()
-        self._connection.copy_sink = self._on_message
-        self._connection.begin_copy_both()
-        ended = asyncio.create_task(self._watch_end())
-        try:
-            self._position = start
-            await self._stream(reader)
-        finally:
-            ended.cancel()
-            reader.close()
-            gauge.dec()
-            del timeline.senders[self._state.conn_id]
-            timeline.standby_feedback_changed()
-            timeline.on_change(timeline)
+        self._end_position()  # a wrong term
 
     async def _watch_end(self) -> None:
         """CopyDone, or a lost connection."""
@@ -105,8 +107,15 @@ class WalSender:
             self._failure = error
         self._news.set()
 
+    async def _stream_from(self, start: Lsn) -> None:
+        self._position = start
+        reader = self._timeline.reader()
+        try:
+            await self._stream(reader)
+        finally:
+            reader.close()
+
     async def _stream(self, reader: WalReader) -> None:
-        connection = self._connection
         while True:
             self._news.clear()
             self._check_end()
@@ -116,16 +125,20 @@ class WalSender:
             if self._position < end:
                 await self._send(reader, end)
                 self._rest()
-            try:
-                async with asyncio.timeout(KEEPALIVE_INTERVAL_S):
-                    await self._news.wait()
-            except TimeoutError:
-                self._end_if_caught_up(self._position)
-                if time.monotonic() - self._heard_at > IDLE_TIMEOUT_S:
-                    raise NeonError(f"nothing received for {IDLE_TIMEOUT_S:.0f} s") from None
-                now = to_postgres_us(time.time_ns() // 1000)
-                connection.send_copy_data(Keepalive(self._end_position(), now, True).pack())
-                await self._drain()
+            await self._wait_for_news(self._position)
+
+    async def _wait_for_news(self, position: Lsn) -> None:
+        """Until something may have changed; after a second without news, see whether the stream ends and say that we live."""
+        try:
+            async with asyncio.timeout(KEEPALIVE_INTERVAL_S):
+                await self._news.wait()
+        except TimeoutError:
+            self._end_if_caught_up(position)
+            if time.monotonic() - self._heard_at > IDLE_TIMEOUT_S:
+                raise NeonError(f"nothing received for {IDLE_TIMEOUT_S:.0f} s") from None
+            now = to_postgres_us(time.time_ns() // 1000)
+            self._connection.send_copy_data(Keepalive(self._end_position(), now, True).pack())
+            await self._drain()
 
     async def _send(self, reader: WalReader, end: Lsn) -> None:
         timeline, connection = self._timeline, self._connection
@@ -190,10 +203,11 @@ class WalSender:
     def _end_if_caught_up(self, position: Lsn) -> None:
         """A pageserver that has everything, while no compute writes, is sent away; it comes back with the next news."""
         timeline = self._timeline
-        acceptor = timeline.acceptor
-        if self._term is not None or self._state.pageserver is None or timeline.computes:
+        commit_lsn, pageserver = timeline.acceptor.commit_lsn, self._state.pageserver
+        if self._term is not None or pageserver is None or timeline.computes:
             return
-        if not acceptor.commit_lsn or acceptor.remote_consistent_lsn >= acceptor.commit_lsn:
+        # its own word: another shard, or another pageserver, may be further
+        if not commit_lsn or pageserver.remote_consistent_lsn >= commit_lsn:
             appname = "None" if self._appname is None else f'Some("{self._appname}")'
             text = f"ending streaming to {appname} at {format_lsn(position)}, receiver is caughtup and there is no computes"
             self._connection.fail(text, "00000")

@@ -78,6 +78,8 @@ def refused(done: Done, *expected: str) -> None:
         (["--listen-https", "127.0.0.1:1"], ["--ssl-key-file, --ssl-cert-file", "server.key: No such file"]),
         (["--enable-tls-wal-service-api", "--ssl-key-file", "/k"], ["--ssl-key-file", "/k: No such file"]),
         (["--auth-token-path", "/t"], ["the token in /t cannot be read", "No such file"]),
+        (["--max-delta-for-fanout", "9"], ["--max-delta-for-fanout needs --wal-reader-fanout"]),
+        (["--wal-reader-fanout", "--max-delta-for-fanout", "-1"], ["--max-delta-for-fanout must be at least 0, not -1"]),
         (["--peer-recovery", "perhaps"], ["--peer-recovery", "'perhaps'"]),
         (["--pg-auth-public-key-path", "/k"], ["--pg-auth-public-key-path: /k: No such file"]),
         (["--http-auth-public-key-path", "."], ["--http-auth-public-key-path: ", "no PEM PUBLIC KEY"]),
@@ -86,7 +88,10 @@ def refused(done: Done, *expected: str) -> None:
         (["--force-metric-collection-on-scrape", "no"], ["--force-metric-collection-on-scrape: 'no'"]),
         (["--enable-pull-timeline-on-startup"], ["--hcc-base-url URL need each other"]),
         (["--hcc-base-url", "http://c:1"], ["--hcc-base-url URL need each other"]),
-        (["--enable-pull-timeline-on-startup", "--hcc-base-url", "c"], ["--hcc-base-url", "'c' is not HOST:PORT"]),
+        (
+            ["--enable-pull-timeline-on-startup", "--hcc-base-url", "c"],
+            ["--hcc-base-url", "'c' is not http://HOST:PORT or https://HOST:PORT"],
+        ),
     ],
 )
 def test_wrong_options(run: Run, tmp_path: Path, options: list[str], expected: list[str]) -> None:
