@@ -119,6 +119,8 @@ def _defaults() -> list[str]:
         "max_wal_senders = 10",
         "max_replication_slots = 10",
         "wal_keep_size = 0",
+        # they repair torn pages after a crash, and local files never outlive one; redo at the pageserver needs none
+        "full_page_writes = off",
         "max_wal_size = 1GB",
         "wal_sender_timeout = 60s",
         "password_encryption = scram-sha-256",
