@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neon_services.consensus.acceptor import Acceptor, Effect, PeerInfo, run
+from neon_services.consensus.acceptor import Acceptor, Effect, PeerInfo, ProposerConnection, run
 from neon_services.ground.errors import Cancelled, NeonError
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import INVALID_LSN, Lsn
 from neon_services.protocols.feedback import PageserverFeedback
+from neon_services.protocols.safekeeper_messages import AcceptorMessage, AppendRequest
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.connections import (
     Peer,
@@ -104,6 +105,12 @@ class Timeline(TimelineStorage):
             return run(steps, self.perform)
         finally:
             self.changed()
+
+    def append(self, connection: ProposerConnection, message: AppendRequest) -> list[AcceptorMessage]:
+        """``run`` for an append, which nobody can see before it is flushed: there is nothing to tell anybody."""
+        if self.cancelled:
+            raise Cancelled(f"timeline {self.ttid} is being deleted or shut down")
+        return run(self.acceptor.append_request(connection, message), self.perform)
 
     def changed(self) -> None:
         """Wake readers when a position or the term moved, and the manager."""

@@ -19,6 +19,7 @@ from neon_services.protocols import safekeeper_messages_v2 as v2
 from neon_services.protocols.pgserver import ServerConnection
 from neon_services.protocols.safekeeper_messages import (
     AcceptorMessage,
+    AppendRequest,
     ProposerElected,
     ProposerGreeting,
     ProposerMessage,
@@ -116,7 +117,12 @@ class WalReceiver:
         if not self._wrote:  # the first message of a batch
             self._check_room(timeline)
             self._wrote = True
-        for reply in timeline.run(timeline.acceptor.handle(self._state.proposer, message)):
+        proposer = self._state.proposer
+        if isinstance(message, AppendRequest):
+            replies = timeline.append(proposer, message)
+        else:
+            replies = timeline.run(timeline.acceptor.handle(proposer, message))
+        for reply in replies:
             self._connection.send_copy_data(self._pack(reply))
         self._handled += 1
         if isinstance(message, ProposerElected) and timeline.acceptor.is_streaming(self._state.proposer):
