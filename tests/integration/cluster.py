@@ -268,6 +268,7 @@ class Cluster:
         base: Path,
         *,
         safekeepers: int = 3,
+        voters: int | None = None,
         remote_storage: str | None = None,
         major: int | None = None,
         safekeeper_options: Sequence[str] = ("--partial-backup-timeout", "5s"),
@@ -285,6 +286,7 @@ class Cluster:
             "broker", [str(SCRIPTS / "storage_broker"), "--listen-addr", f"127.0.0.1:{self.broker_port}"], base / "broker"
         )
         self.remote_storage = remote_storage or f"{{ local_path = '{base}/remote' }}"
+        self.voters = voters or safekeepers  # so many, the first ones, are members of new timelines
         self._safekeeper_options = safekeeper_options
         self.safekeepers = [self._make_safekeeper(i + 1) for i in range(safekeepers)]
         self.ps_pg_port, self.ps_http_port = free_port(), free_port()
@@ -376,8 +378,9 @@ class Cluster:
                 body |= {"ancestor_start_lsn": lsn}
         http("POST", f"{self.pageserver_api}/v1/tenant/{self.tenant}/timeline", body)
         start = self.timeline_detail(timeline)["last_record_lsn"]
-        members = [{"id": s.id, "host": "127.0.0.1", "pg_port": s.pg_port} for s in self.safekeepers]
-        for safekeeper in self.safekeepers:
+        voters = self.safekeepers[: self.voters]
+        members = [{"id": s.id, "host": "127.0.0.1", "pg_port": s.pg_port} for s in voters]
+        for safekeeper in voters:
             http(
                 "POST",
                 f"http://127.0.0.1:{safekeeper.http_port}/v1/tenant/timeline",
@@ -409,7 +412,7 @@ class Cluster:
         argv += ["-C", f"postgresql://cloud_admin@localhost:{port}/postgres", "-b", self.binary("postgres")]
         argv += ["--external-http-port", str(http_port), "--internal-http-port", str(free_port())]
         compute = Compute(name, self, timeline, port, http_port, Process(name, argv, directory))
-        ports = safekeeper_ports or [safekeeper.pg_port for safekeeper in self.safekeepers]
+        ports = safekeeper_ports or [safekeeper.pg_port for safekeeper in self.safekeepers[: self.voters]]
         guc = {"port": str(port), "listen_addresses": "127.0.0.1", "unix_socket_directories": str(directory), **settings}
         spec = {
             "format_version": 1.0,
