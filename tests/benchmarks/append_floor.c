@@ -6,21 +6,10 @@
  * BATCH_SIZES has one size in bytes a line.  Files of SEGMENT_BYTES are filled with zeros and synced first, outside the
  * measured time, as a safekeeper does ahead of need.  Prints the seconds that all batches took.
  */
-#define _GNU_SOURCE
-#include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "append_files.h"
+
 #include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
-
-static void
-fail(const char *what)
-{
-	perror(what);
-	exit(1);
-}
 
 static double
 now_s(void)
@@ -29,26 +18,6 @@ now_s(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	return (double) now.tv_sec + (double) now.tv_nsec / 1e9;
-}
-
-static int
-make_segment(const char *directory, size_t number, size_t size)
-{
-	char		path[4096];
-	char	   *zeros = calloc(1, 1 << 20);
-	int			fd;
-
-	snprintf(path, sizeof(path), "%s/segment%zu", directory, number);
-	fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
-	if (fd < 0 || zeros == NULL)
-		fail(path);
-	for (size_t at = 0; at < size; at += 1 << 20)
-		if (pwrite(fd, zeros, 1 << 20, (off_t) at) != 1 << 20)
-			fail(path);
-	if (fsync(fd) != 0)
-		fail(path);
-	free(zeros);
-	return fd;
 }
 
 int

@@ -6,29 +6,18 @@
  * Prints the port it listens on, serves one connection that sends AppendRequests in CopyData messages (protocol 3), and ends
  * with it.  It checks nothing: no record, no term, no CRC.  Segments are filled with zeros and synced before it listens.
  */
-#define _GNU_SOURCE
+#include "append_files.h"
+
 #include <arpa/inet.h>
 #include <endian.h>
-#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #define BUFFER_BYTES (4 << 20)
 #define FRAME_BYTES 5			/* 'd', length */
 #define APPEND_BYTES 45			/* an AppendRequest in front of its WAL */
-
-static void
-fail(const char *what)
-{
-	perror(what);
-	exit(1);
-}
 
 static uint64_t
 get_u64(const char *at)
@@ -37,26 +26,6 @@ get_u64(const char *at)
 
 	memcpy(&value, at, sizeof(value));
 	return be64toh(value);
-}
-
-static int
-make_segment(const char *directory, size_t number, size_t size)
-{
-	char		path[4096];
-	char	   *zeros = calloc(1, 1 << 20);
-	int			fd;
-
-	snprintf(path, sizeof(path), "%s/segment%zu", directory, number);
-	fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
-	if (fd < 0 || zeros == NULL)
-		fail(path);
-	for (size_t at = 0; at < size; at += 1 << 20)
-		if (pwrite(fd, zeros, 1 << 20, (off_t) at) != 1 << 20)
-			fail(path);
-	if (fsync(fd) != 0)
-		fail(path);
-	free(zeros);
-	return fd;
 }
 
 static int

@@ -7,6 +7,7 @@ connection does: once to the decoder, once to decoder, ingest and an in-memory t
 
 import argparse
 import asyncio
+import contextlib
 import cProfile
 import pstats
 import shutil
@@ -92,19 +93,32 @@ async def run(base: Path, profile: bool) -> None:
     print(f"ratio {decoding / ingesting:.3f}; slowest piece of 1 MiB {slowest * 1e3:.1f} ms")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options about the WAL, which bench_interpret has, too."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seconds", type=int, default=10)
     parser.add_argument("--scale", type=int, default=10)
     parser.add_argument("--no-full-page-writes", action="store_true")
     parser.add_argument("--wal", type=Path, help="directory to keep the WAL in and take it from")
-    parser.add_argument("--profile", action="store_true")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-ingest-") as temporary:
+    return parser
+
+
+@contextlib.contextmanager
+def load(arguments: argparse.Namespace) -> Iterator[Path]:
+    """A directory with the source cluster and its WAL, made unless ``--wal`` has it."""
+    with tempfile.TemporaryDirectory(prefix="bench-wal-") as temporary:
         base = arguments.wal or Path(temporary)
         base.mkdir(parents=True, exist_ok=True)
         if not (base / "source").exists():
             make_wal(base, min(arguments.seconds, 120), arguments.scale, not arguments.no_full_page_writes)
+        yield base
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    with load(arguments) as base:
         asyncio.run(run(base, arguments.profile))
 
 

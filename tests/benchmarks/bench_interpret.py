@@ -5,9 +5,7 @@ WAL as bench_ingest does (``--wal``: kept in and taken from a directory), then d
 128 KiB. The figures are of one thread, in WAL read; shards share decoding and interpreting, as with ``--wal-reader-fanout``.
 """
 
-import argparse
 import struct
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from neon_services.wal.decoder import WalDecoder
 from neon_services.wal.interpret import interpret
 from neon_services.wal.interpreted_encoding import encode_batch
 from neon_services.wal.scanner import find_end_of_wal
-from tests.benchmarks.bench_ingest import make_wal
+from tests.benchmarks.bench_ingest import load, make_parser
 from tests.integration.real_postgres import PG_MAJOR
 
 CHUNK_BYTES = 128 * 1024
@@ -54,17 +52,7 @@ def run(start: Lsn, data: bytes, shards: list[ShardIdentity], payload_format: st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=int, default=10)
-    parser.add_argument("--scale", type=int, default=10)
-    parser.add_argument("--no-full-page-writes", action="store_true")
-    parser.add_argument("--wal", type=Path, help="directory to keep the WAL in and take it from")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-interpret-") as temporary:
-        base = arguments.wal or Path(temporary)
-        base.mkdir(parents=True, exist_ok=True)
-        if not (base / "source").exists():
-            make_wal(base, min(arguments.seconds, 120), arguments.scale, not arguments.no_full_page_writes)
+    with load(make_parser(__doc__).parse_args()) as base:
         start, data = read_wal(base)
         print(f"{len(data) / 1e6:.0f} MB of WAL")
         run(start, data, [], PROTOBUF, None)

@@ -44,14 +44,19 @@ IDLE_TIMELINES = 1000
 IDLE_SECONDS = 10.0
 
 
+def compile_c(name: str, program: Path) -> None:
+    """Compile one of the C programs beside this file."""
+    source = Path(__file__).with_name(f"{name}.c")
+    subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", program, source], check=True)
+
+
 class Floor:
-    """The C program."""
+    """The C program without a socket."""
 
     def __init__(self, base: Path, wal: Path) -> None:
         self._base, self._wal = base, wal
         self._program = base / "append_floor"
-        source = Path(__file__).with_name("append_floor.c")
-        subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", self._program, source], check=True)
+        compile_c("append_floor", self._program)
 
     def seconds(self, batches: list[int]) -> float:
         """The time that these batches take."""
@@ -67,8 +72,7 @@ class CServer:
     def __init__(self, base: Path) -> None:
         self._base = base
         self._program = base / "append_server"
-        source = Path(__file__).with_name("append_server.c")
-        subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", self._program, source], check=True)
+        compile_c("append_server", self._program)
 
     @contextlib.contextmanager
     def leader(self, wal: WalMaker) -> Iterator["Leader"]:
