@@ -42,6 +42,10 @@ class Disk:
         """Set the length of the file."""
         os.ftruncate(descriptor, size)
 
+    def allocate(self, descriptor: int, size: int) -> None:
+        """Make the file so long, with room on the disk for all of it; what was not written reads as zeros."""
+        os.posix_fallocate(descriptor, 0, size)
+
     def fsync(self, descriptor: int) -> None:
         """Make the file's bytes and length durable."""
         os.fsync(descriptor)

@@ -1,8 +1,11 @@
 """WAL segment files of one timeline: names, creation ahead of need, completion, removal, reading.
 
 Invariant: a file with a segment's name always has the segment's full length, and its bytes behind the end of the log are
-zero. A segment is made under the scratch name, filled with zeros (really written: later synchronous writes then change no
-metadata), synced, and only then renamed. ``<name>.partial`` is a segment that is not complete; completing is a rename.
+zero. A segment is made under the scratch name, filled with zeros, synced, and only then renamed. ``<name>.partial`` is a
+segment that is not complete; completing is a rename.
+
+Zeros are really written, so that synchronous writes of small appends change no metadata; for bulk, whose writes are large, room
+is only allocated: everything would be written twice.
 """
 
 import contextlib
@@ -65,10 +68,10 @@ class SegmentDirectory:
 
     # -- making
 
-    def prepare(self) -> None:
+    def prepare(self, *, bulk: bool = False) -> None:
         """Start making the next segment file in the background, if that is not under way."""
         if self._prepared is None:
-            self._prepared = self.disk.background(self._make_scratch)
+            self._prepared = self.disk.background(lambda: self._make_scratch(bulk=bulk))
 
     def settle(self) -> None:
         """Stop making the next segment, or wait until it is made: afterwards nothing happens in the directory by itself."""
@@ -96,13 +99,16 @@ class SegmentDirectory:
             raise
         return descriptor
 
-    def _make_scratch(self) -> None:
+    def _make_scratch(self, *, bulk: bool = False) -> None:
         scratch = self.path / SCRATCH_NAME
         descriptor = self.disk.open(scratch, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             if _ZERO_SEGMENT.hit() is not None:
                 raise OSError(errno.EIO, "failpoint: sk-zero-segment")
-            self._fill_with_zeros(descriptor, 0)
+            if bulk:
+                self.disk.allocate(descriptor, self.segment_size)
+            else:
+                self._fill_with_zeros(descriptor, 0)
             if self.sync:
                 self.disk.fsync(descriptor)
         except BaseException:

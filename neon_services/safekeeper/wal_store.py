@@ -35,6 +35,7 @@ from neon_services.wal.scanner import WalScanner
 log = logging.getLogger(__name__)
 
 RECOVERY_CHUNK_BYTES = 1024 * 1024
+_BULK_WRITES = 128  # a segment that so few writes would fill is part of a bulk load
 _INITIALIZE_FIRST, _INITIALIZE, _TRUNCATE = (
     metrics.WAL_STORAGE_OPERATION_SECONDS.labels(operation)
     for operation in ("initialize_first_segment", "initialize_segment", "truncate_wal")
@@ -72,6 +73,7 @@ class WalStore:
         self._segment = -1
         self._can_dsync = True
         self._dirty = False  # the open segment has bytes that were written without being synced
+        self._segment_bytes = self._segment_writes = 0  # since the segment was opened
         #: Called when a new segment was begun: the disk has less room now.
         self.on_segment: Callable[[], None] = lambda: None
         #: Bytes and seconds since the process started, for the timeline's metrics.
@@ -219,13 +221,20 @@ class WalStore:
                     self._dirty = True
                 lsn += length
                 left -= length
+                self._segment_bytes += length
+                self._segment_writes += 1
                 if offset + length == size:
                     self._complete_segment()
                 elif offset + length > size // 4:
-                    self.segments.prepare()
+                    self.segments.prepare(bulk=self.is_bulk(size))
         except BaseException as error:
             self._give_up("writing the log", error)
         self._account(count, time.perf_counter() - started, dsync)
+
+    def is_bulk(self, size: int) -> bool:
+        """Whether WAL comes as in a bulk load; it only decides how the next segment is made."""
+        written = self._segment_bytes
+        return written >= size // 4 and written * _BULK_WRITES >= self._segment_writes * size
 
     def _write_part(self, views: list[memoryview | bytes], offset: int, length: int, flags: int) -> None:
         assert self._descriptor is not None
@@ -276,6 +285,7 @@ class WalStore:
         if self._descriptor is not None:
             self._disk.close(self._descriptor)
         self._descriptor, self._segment, self._dirty = None, -1, False
+        self._segment_bytes = self._segment_writes = 0
 
     @contextlib.contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:

@@ -159,6 +159,13 @@ class SimulatedDisk(Disk):
     def size(self, descriptor: int) -> int:
         return self._open[descriptor].size
 
+    def allocate(self, descriptor: int, size: int) -> None:
+        self._before("ftruncate")
+        file = self._open[descriptor]
+        if size > file.size:
+            self._refuse_when_full()
+            file.truncate(size)
+
     def ftruncate(self, descriptor: int, size: int) -> None:
         self._before("ftruncate")
         self._open[descriptor].truncate(size)

@@ -55,6 +55,7 @@ class RealStorage:
         self.platters = Platters()
         self._later = later
         self.process: TimelineStorage | None = None
+        self._boots = 0
         #: WAL below was removed.
         self.first_lsn = INVALID_LSN
         self.disk = self._mount()
@@ -80,6 +81,9 @@ class RealStorage:
                 self.disk.remove_tree(Path(name))
         if self.disk.exists(TIMELINE):
             self.process = self.storage_kind.load(TIMELINE, disk=self.disk)
+            self._boots += 1
+            bulk = self._boots % 2 == 0  # schedules have little WAL: every other process makes its segments as bulk loads do
+            self.process.store.is_bulk = lambda size: bulk  # type: ignore[method-assign]
 
     def sync_filesystem(self) -> None:
         """First of all: what is readable counts as flushed."""

@@ -345,6 +345,47 @@ def test_a_full_disk_at_the_next_segment(tmp_path: Path, monkeypatch: pytest.Mon
     assert new_store(tmp_path, START).flush_lsn == wal.end
 
 
+def test_only_bulk_loads_get_segments_that_are_not_written(tmp_path: Path, preparation_in_line: list[bool]) -> None:
+    wal = WalMaker(START, SEGMENT).until(START + 3 * SEGMENT)
+    store = begin(new_store(tmp_path))
+    while store.write_lsn < START + SEGMENT:
+        append(store, wal, store.write_lsn + 3000)
+    assert preparation_in_line == [False]
+    while store.write_lsn < START + 2 * SEGMENT + SEGMENT // 8:
+        append(store, wal, store.write_lsn + 50_000)
+    assert preparation_in_line == [False, True]
+    store.close()
+    (tmp_path / SCRATCH_NAME).unlink(missing_ok=True)
+    store = new_store(tmp_path, START)  # nobody knows how the first part of this segment came
+    cut(store, store.flush_lsn)
+    append(store, wal, store.write_lsn + SEGMENT // 5, chunk=SEGMENT)
+    assert preparation_in_line == [False, True, False]
+    append(store, wal, wal.end)
+    assert stored(tmp_path, START, wal.end) == bytes(wal.data)
+    assert new_store(tmp_path, START).flush_lsn == wal.end
+
+
+def test_a_full_disk_in_a_bulk_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preparation_in_line: list[bool]) -> None:
+    wal = WalMaker(START, SEGMENT).until(START + 2 * SEGMENT)
+    store = begin(new_store(tmp_path))
+
+    def refuse(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(WalStoreError, match="No space left"):
+            while store.write_lsn < wal.end:
+                append(store, wal, min(wal.end, store.write_lsn + 100_000))
+    flushed = store.flush_lsn
+    assert START < flushed < START + SEGMENT and not (tmp_path / SCRATCH_NAME).exists()
+    cut(store, flushed)
+    while store.write_lsn < wal.end:
+        append(store, wal, min(wal.end, store.write_lsn + 100_000))
+    assert stored(tmp_path, START, wal.end) == bytes(wal.data)
+    assert new_store(tmp_path, START).flush_lsn == wal.end
+
+
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), FailpointPanic("panic")], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("where", ["pwritev", "rename"])
 def test_an_unforeseen_error_in_mid_write_acknowledges_nothing(
@@ -455,7 +496,21 @@ class Snapshots:
 @pytest.fixture
 def without_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments are made in line, so that the steps are the same in each run."""
-    monkeypatch.setattr(segments.SegmentDirectory, "prepare", lambda self: None)
+    monkeypatch.setattr(segments.SegmentDirectory, "prepare", lambda self, bulk=False: None)
+
+
+@pytest.fixture
+def preparation_in_line(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Segments are made at once when they would be made in the background; for each whether its room was only allocated."""
+    made: list[bool] = []
+
+    def prepare(self: segments.SegmentDirectory, *, bulk: bool = False) -> None:
+        if not self.disk.exists(self.path / SCRATCH_NAME):
+            self._make_scratch(bulk=bulk)
+            made.append(bulk)
+
+    monkeypatch.setattr(segments.SegmentDirectory, "prepare", prepare)
+    return made
 
 
 def check_goes_on(directory: Path, wal: WalMaker, promised: int) -> None:
@@ -481,6 +536,22 @@ def test_a_crash_at_any_step_of_appending(tmp_path: Path, monkeypatch: pytest.Mo
         snapshots.promised = store.flush_lsn
     monkeypatch.undo()
     assert {name for name, _, _ in snapshots} >= {"pwritev", "rename", "fsync"}
+    for _, promised, copy in snapshots:
+        check_goes_on(copy, wal, promised)
+        shutil.rmtree(copy)
+
+
+def test_a_crash_at_any_step_of_a_bulk_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preparation_in_line: list[bool]
+) -> None:
+    wal = WalMaker(START, SEGMENT, seed=12).until(START + 2 * SEGMENT + 20_000, 30_000)
+    store = begin(new_store(tmp_path / "sk"))
+    snapshots = Snapshots(tmp_path / "sk", tmp_path, monkeypatch)
+    while store.write_lsn < wal.end:
+        append(store, wal, min(wal.end, store.write_lsn + 150_000), chunk=60_000)
+        snapshots.promised = store.flush_lsn
+    monkeypatch.undo()
+    assert preparation_in_line == [True, True]
     for _, promised, copy in snapshots:
         check_goes_on(copy, wal, promised)
         shutil.rmtree(copy)
