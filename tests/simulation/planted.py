@@ -79,7 +79,7 @@ _STORES: list[tuple[type, int]] = [
     (storage_mutants.RemovesOneSegmentTooMany, 300),
 ]
 _SEGMENTS: list[tuple[type, int]] = [
-    (storage_mutants.NeverMakesSure, 300),
+    (storage_mutants.NeverMakesSure, 800),
     (storage_mutants.ClearsWhatItSees, 1000),
     (storage_mutants.ForgetsToClear, 20),
     (storage_mutants.KeepsHigherSegments, 120),
