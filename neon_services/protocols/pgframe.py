@@ -1,7 +1,7 @@
 """The transport that both ends of a Postgres connection share: one receive buffer, frames parsed in place, flow control.
 
 Hot path: bytes land in one reused buffer, whole frames are handed on as views of it, and nothing is copied unless the
-receiver asks for it. A view is valid only during the callback.
+receiver asks for it. A view is valid until on_batch_end(); when the connection ends before that, until on_lost().
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class FrameConnection(asyncio.BufferedProtocol):
         raise ProtocolViolation("unexpected untagged packet")
 
     def on_message(self, tag: int, body: memoryview) -> None:
-        """One tagged message; the view is valid only during this call."""
+        """One tagged message; the view is valid until on_batch_end()."""
         raise NotImplementedError
 
     def on_batch_end(self) -> None:
@@ -114,10 +114,14 @@ class FrameConnection(asyncio.BufferedProtocol):
         except ProtocolViolation as error:
             consumed = self._filled
             self.on_violation(error)
+        except BaseException:
+            consumed = self._filled
+            raise
         finally:
             left = self._filled - consumed
-            if consumed and left:
-                # the tail moves to the front; frames handed out before are no longer valid
+            # The tail moves to the front, and frames that were handed out are no longer valid. Not when the connection ends
+            # in the middle of a batch: then their receiver has not been told of the batch's end, and may still need them.
+            if consumed and left and not self.closed:
                 self._buffer[:left] = bytes(view[consumed:])
             self._filled = left
             view.release()

@@ -26,7 +26,8 @@ from neon_services.wal.interpret import InterpretedBatch, interpret
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = MAX_XLOG_DATA_BYTES
-KEPT_BYTES_MAX = 16 << 20  # of data in kept chunks, records with what was extracted from them
+KEPT_BYTES_MAX = 16 << 20  # of kept chunks: records with what was extracted from them
+CHUNK_OVERHEAD_BYTES = 4096  # about what the columns of a chunk take that has next to no data
 Result = TypeVar("Result")
 
 # Interpreting takes the interpreter for some milliseconds: on threads of its own it can be interrupted by the event loop, which
@@ -100,6 +101,10 @@ def _forget_failure(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
+def _size(chunk: Chunk) -> int:
+    return len(chunk.batch.data) + CHUNK_OVERHEAD_BYTES
+
+
 class SharedChunks:
     """The chunks that the readers of one timeline have in common: made once, by whoever needs one first, and kept a while.
 
@@ -144,10 +149,10 @@ class SharedChunks:
 
     def _keep(self, position: Lsn, chunk: Chunk) -> None:
         self._made[position] = chunk
-        self._kept_bytes += len(chunk.batch.data)
+        self._kept_bytes += _size(chunk)
         while self._kept_bytes > KEPT_BYTES_MAX:
             _, oldest = self._made.popitem(last=False)
-            self._kept_bytes -= len(oldest.batch.data)
+            self._kept_bytes -= _size(oldest)
 
 
 class InterpretedReaders:

@@ -26,7 +26,7 @@ from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.safekeeper.peer_client import CONNECT_TIMEOUT_S, PeerAccess, PeerClient, PeerError
 from neon_services.safekeeper.pull_timeline import PullRequest, TimelinePuller
 from neon_services.safekeeper.remote_wal import timeline_prefix
-from neon_services.safekeeper.timelines import Timelines
+from neon_services.safekeeper.timelines import TimelineDeleted, Timelines
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +143,9 @@ class StartupRecovery:
                 else:
                     await self._puller.pull(PullRequest(ttid, assigned.hosts, require_all_hosts=True))
             del self._awaited[ttid]
+        except TimelineDeleted as error:
+            del self._awaited[ttid]  # somebody decided so meanwhile; its tombstone keeps it away
+            log.warning("timeline %s is not copied: %s", ttid, error)
         except (NeonError, OSError) as error:
             log.error("timeline %s should be here and is not: %s", ttid, error)
 

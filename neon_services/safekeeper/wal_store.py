@@ -158,7 +158,7 @@ class WalStore:
         segment = lsn // self._segment_size
         descriptor = self.segments.open_partial(segment)
         if descriptor is None:
-            descriptor = self.segments.create(segment)
+            descriptor = self._descriptor = self.segments.create(segment)
             for start, header in _page_headers(lsn, self._segment_size, pg_version, system_id):
                 write_all(self._disk, descriptor, [header], start % self._segment_size, 0)
         self._descriptor, self._segment, self._dirty = descriptor, segment, True
@@ -282,10 +282,11 @@ class WalStore:
         self._dirty = False
 
     def _close(self) -> None:
-        if self._descriptor is not None:
-            self._disk.close(self._descriptor)
-        self._descriptor, self._segment, self._dirty = None, -1, False
+        descriptor, self._descriptor = self._descriptor, None  # even one that could not be closed is gone
+        self._segment, self._dirty = -1, False
         self._segment_bytes = self._segment_writes = 0
+        if descriptor is not None:
+            self._disk.close(descriptor)
 
     @contextlib.contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:

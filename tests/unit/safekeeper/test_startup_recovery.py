@@ -10,8 +10,9 @@ from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP
+from neon_services.safekeeper.pull_timeline import PullRequest
 from neon_services.safekeeper.startup_recovery import Assigned, StartupRecovery, parse_answer
-from neon_services.safekeeper.timelines import TimelineAwaited, Timelines
+from neon_services.safekeeper.timelines import TimelineAwaited, TimelineDeleted, Timelines
 
 TTID = TenantTimelineId(TenantId.parse("1" * 32), TimelineId.parse("2" * 32))
 GOOD: dict[str, Any] = {
@@ -77,3 +78,16 @@ def test_until_the_answer_nothing_is_made_anew_but_what_is_here_is_served(tmp_pa
     with pytest.raises(TimelineAwaited, match="http://control has not said yet"):
         timelines.create(other, state)
     assert timelines.create(TTID, state) is here
+
+
+async def test_a_timeline_that_was_deleted_meanwhile_is_not_copied(tmp_path: Path) -> None:
+    class Puller:
+        async def pull(self, request: PullRequest) -> str | None:
+            raise TimelineDeleted(f"timeline {request.ttid} was deleted here")
+
+    timelines = Timelines(tmp_path, 3, sync=False)
+    recovery = StartupRecovery(3, timelines, Puller(), "http://127.0.0.1:1")  # type: ignore[arg-type]
+    assigned = Assigned(TTID, ("http://127.0.0.1:1",))  # nobody listens there, so nobody says that it has nothing
+    recovery._awaited = {TTID: assigned}
+    await recovery._try(assigned)
+    assert recovery._awaited == {}
