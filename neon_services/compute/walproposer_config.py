@@ -89,7 +89,11 @@ def parse_conninfo_options(text: str) -> ClientTls:
     mode, ca_file = options.pop("sslmode", None), options.pop("sslrootcert", None)
     if options:
         raise ConfigError(f"{what}: {min(options)} is not supported; known are sslmode and sslrootcert")
-    tls = ClientTls.parse(str(mode or SslMode.PREFER), None if ca_file in (None, "system") else Path(str(ca_file)), what=what)
+    if ca_file == "system":  # as in libpq, which knows no weaker way to use the system's authorities
+        mode, ca_file = mode or SslMode.VERIFY_FULL, None
+        if mode != SslMode.VERIFY_FULL:
+            raise ConfigError(f"{what}: sslrootcert=system needs sslmode=verify-full, not {mode}")
+    tls = ClientTls.parse(str(mode or SslMode.PREFER), None if ca_file is None else Path(str(ca_file)), what=what)
     tls.context()  # now, and not when the first connection is made
     return tls
 

@@ -17,6 +17,8 @@ from neon_services.ground.tls import ServerTls
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
+KEEPALIVE_TIMEOUT_S = 75.0  # also for who connects and says nothing
+SHUTDOWN_TIMEOUT_S = 5.0  # for requests that run when the process ends
 
 
 class ApiError(NeonError):
@@ -105,7 +107,9 @@ def make_application(metrics: Callable[[web.Request], Awaitable[web.Response]] =
 
 async def serve(application: web.Application, host: str, port: int) -> web.AppRunner:
     """Start listening; the caller stops it with ``await runner.cleanup()``. Raises OSError when the port is taken."""
-    runner = web.AppRunner(application, access_log=None)
+    runner = web.AppRunner(
+        application, access_log=None, keepalive_timeout=KEEPALIVE_TIMEOUT_S, shutdown_timeout=SHUTDOWN_TIMEOUT_S
+    )
     await runner.setup()
     await web.TCPSite(runner, host, port, reuse_address=True).start()
     return runner

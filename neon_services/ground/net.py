@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from neon_services.ground.errors import ConfigError
 
+_HOST_EXCLUDES = frozenset("/?#@ \t\r\n")  # they would make it a path, or a part of a URL
+
 
 def parse_host_port(text: str, *, what: str, default_port: int | None = None) -> tuple[str, int]:
     """Split ``host:port``. Raises ConfigError naming the option (``what``) and the text."""
@@ -11,7 +13,7 @@ def parse_host_port(text: str, *, what: str, default_port: int | None = None) ->
     if not colon and default_port is not None:
         host, port = text, str(default_port)
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+    if not host or not _HOST_EXCLUDES.isdisjoint(host) or not port.isdecimal() or not 0 <= int(port) <= 65535:
         raise ConfigError(f"{what}: {text!r} is not HOST:PORT (for example 127.0.0.1:5454)")
     return host, int(port)
 

@@ -67,6 +67,9 @@ class CpuProfiler:
         self._seconds = seconds
         self._interval_s = 1 / frequency_hz
         self._stopped = asyncio.Event()
+        self._looking = False
+        #: It could not look at a stack; what was seen before is the result.
+        self.failed = False
         self._last: dict[int, int] = {}  # processor time that a thread had used at the last look
         self._used: defaultdict[tuple[_Stack, str], list[int]] = defaultdict(lambda: [0, 0])
 
@@ -94,12 +97,21 @@ class CpuProfiler:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             CpuProfiler._running = None
-        return self._write(round((time.monotonic() - started) * 1e9))
+        return await asyncio.to_thread(self._write, round((time.monotonic() - started) * 1e9))
 
     @staticmethod
     def _on_signal(_: int, frame: FrameType | None) -> None:
-        if CpuProfiler._running is not None:
-            CpuProfiler._running._look(frame)
+        profiler = CpuProfiler._running
+        if profiler is None or profiler._looking:
+            return
+        profiler._looking = True
+        try:
+            profiler._look(frame)
+        except Exception:  # it would come out of whatever code the signal interrupted
+            profiler.stop()
+            profiler.failed = True
+        finally:
+            profiler._looking = False
 
     def _look(self, main_frame: FrameType | None) -> None:
         stacks = sys._current_frames()

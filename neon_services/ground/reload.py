@@ -44,8 +44,8 @@ class Reloadable:
                 content = self._read()
                 if content == self._seen:
                     return
-                self._seen = content
                 self._take(content)
+                self._seen = content  # only now: what could not be taken is tried again
             except ConfigError as error:
                 if str(error) != self._complaint:
                     log.error("%s: not read again, what was there before stays in use: %s", self._what, error)

@@ -234,6 +234,8 @@ async def connect(
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(timeout):
         if host.startswith("/"):
+            if tls is not None:  # who names a file where a host belongs must not get the password
+                raise NeonError(f"{host!r} is not a host that can be reached with TLS")
             _, client = await loop.create_unix_connection(factory, f"{host}/.s.PGSQL.{port}")
         elif tls is None or tls.mode is SslMode.DISABLE:
             _, client = await loop.create_connection(factory, host, port)

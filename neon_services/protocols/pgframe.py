@@ -22,9 +22,11 @@ WRITE_HIGH_BYTES = 1024 * 1024
 class FrameConnection(asyncio.BufferedProtocol):
     """Splits the byte stream into tagged messages and writes with back-pressure. Subclasses implement the hooks."""
 
-    def __init__(self) -> None:
+    def __init__(self, fixed_buffer_bytes: int = 0) -> None:
+        """``fixed_buffer_bytes``: a buffer of this size, which grows before admitted() only for a message that needs it."""
         self.transport: asyncio.Transport | None = None
-        self._buffer = bytearray(INITIAL_BUFFER)
+        self._fixed = fixed_buffer_bytes > 0
+        self._buffer = bytearray(fixed_buffer_bytes or INITIAL_BUFFER)
         self._filled = 0
         self._was_full = False  # more could have been read at once: larger batches cost less
         self._untagged = False  # a server's first packet has no tag
@@ -70,12 +72,17 @@ class FrameConnection(asyncio.BufferedProtocol):
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)  # type: ignore[union-attr]
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if len(self._buffer) - self._filled < MIN_ROOM or self._was_full:
+        room = len(self._buffer) - self._filled
+        if not room or (not self._fixed and (room < MIN_ROOM or self._was_full)):
             self._was_full = False
-            grown = bytearray(len(self._buffer) * 2)
+            grown = bytearray(max(len(self._buffer) * 2, INITIAL_BUFFER))
             grown[: self._filled] = memoryview(self._buffer)[: self._filled]
             self._buffer = grown
         return memoryview(self._buffer)[self._filled :]
+
+    def admitted(self) -> None:
+        """The peer is no stranger any more: the buffer may grow."""
+        self._fixed = False
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes

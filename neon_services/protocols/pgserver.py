@@ -22,6 +22,7 @@ SERVER_VERSION = "14.1"
 STARTUP_TIMEOUT_S = 60.0
 PASSWORD_TIMEOUT_S = 60.0
 MAX_PASSWORD_BYTES = 16 * 1024
+STRANGER_BUFFER_BYTES = 32 * 1024  # of a connection that was not admitted yet: for a startup packet, or a password
 _QUERY, _COPY_DATA, _COPY_DONE, _COPY_FAIL, _TERMINATE, _SYNC, _PASSWORD = b"QdcfXSp"
 
 
@@ -46,10 +47,11 @@ class ServerConnection(FrameConnection):
     """One client's connection. With ``tls`` nothing is served before the client has changed to TLS."""
 
     def __init__(self, handler_factory: Callable[["ServerConnection"], Handler], tls: ServerTls | None = None) -> None:
-        super().__init__()
+        super().__init__(STRANGER_BUFFER_BYTES)
         self._untagged = True
         self._tls = tls
         self._securing: asyncio.Task[None] | None = None
+        self._plain: asyncio.Transport | None = None  # while the change to TLS is under way
         self._secured = False
         self._password: asyncio.Future[str] | None = None
         self._deadline: asyncio.TimerHandle | None = None  # of the startup packet
@@ -89,8 +91,10 @@ class ServerConnection(FrameConnection):
             self.copy_sink(body)
         elif self._password is not None and tag != _TERMINATE:
             self._take_password(tag, body)
-        elif tag == _COPY_DATA:
-            self.enqueue(tag, body)
+        elif tag in (_COPY_DATA, _COPY_DONE, _COPY_FAIL):
+            # else it is what is left of a COPY that has ended, and nobody waits for it
+            if self._in_query or not self._pending.empty():
+                self.enqueue(tag, body)
         elif tag == _QUERY:
             try:
                 self._pending.put_nowait(pgwire.cstring(body))
@@ -98,8 +102,6 @@ class ServerConnection(FrameConnection):
                 raise ProtocolViolation("too many queries without waiting for an answer") from None
         elif tag == _TERMINATE:
             self.close()
-        elif tag in (_COPY_DONE, _COPY_FAIL):
-            self.enqueue(tag, body)
         elif tag == _SYNC:
             self.write(pgwire.READY_FOR_QUERY)
         else:
@@ -141,6 +143,7 @@ class ServerConnection(FrameConnection):
         plain, self.transport = self.transport, None  # from here on nothing may be written, or taken, in the clear
         plain.pause_reading()
         plain.write(b"S")
+        self._plain = plain
         self._securing = asyncio.get_running_loop().create_task(self._change_to_tls(plain, tls.current))
 
     async def _change_to_tls(self, plain: asyncio.Transport, context: ssl.SSLContext) -> None:
@@ -155,21 +158,27 @@ class ServerConnection(FrameConnection):
                 raise
             log.info("connection from %s: no TLS: %s", plain.get_extra_info("peername"), error)
             return
-        self._securing = None
+        self._securing = self._plain = None
         self._secured = True
         self.connection_made(secure)
         if self.closed:  # the client broke the protocol, or the server stopped, meanwhile
             secure.abort()
 
     def close(self) -> None:
-        if self._securing is not None:
-            self._securing.cancel()
+        self._stop_securing()
         super().close()
 
     def abort(self) -> None:
+        self._stop_securing()
+        super().abort()
+
+    def _stop_securing(self) -> None:
         if self._securing is not None:
             self._securing.cancel()
-        super().abort()
+            if self._plain is not None:  # a task that is cancelled before it has begun never sees its transport
+                self._plain.abort()
+                self._plain = None
+            self.connection_lost(None)
 
     # -- the conversation
 
@@ -194,6 +203,7 @@ class ServerConnection(FrameConnection):
             if self._tls is not None and not self._secured:
                 raise pgwire.ServerError("XX000", "must connect with TLS: ask for it with sslmode=require or stricter", "FATAL")
             await self._handler.startup(startup)
+            self.admitted()
             self.write(
                 pgwire.AUTHENTICATION_OK
                 + pgwire.parameter_status("client_encoding", "UTF8")
@@ -216,6 +226,7 @@ class ServerConnection(FrameConnection):
             self.fail("internal error; the server's log has the details")
 
     async def _answer(self, sql: str) -> None:
+        self._in_query = True
         try:
             await self._handler.query(self, sql)
         except (EndConnection, ConnectionError, asyncio.CancelledError):
@@ -225,6 +236,8 @@ class ServerConnection(FrameConnection):
         except NeonError as error:
             log.warning("query %r from %s: %s", sql[:200], self.peer, error)
             self.write(pgwire.error_response(str(error)))
+        finally:
+            self._in_query = False
         self.copy_sink = self.copy_batch_end = None
         self.write(pgwire.READY_FOR_QUERY)
 

@@ -3,7 +3,9 @@
 The control plane's answer (Neon's shape) to ``GET /control/v1/safekeeper/<id>/timelines?id=<id>``::
 
     {"timelines": [{"tenant_id": "...", "timeline_id": "...", "peers": [1, 2, 3]}],
-     "safekeeper_peers": [{"node_id": 1, "listen_http_addr": "10.0.0.1", "http_port": 7676}]}
+     "safekeeper_peers": [{"node_id": 1, "listen_http_addr": "10.0.0.1", "http_port": 7676, "https_port": 7677}]}
+
+``https_port`` is ours, and needed with ``--use-https-safekeeper-api``.
 
 Invariant: a disk that was lost took promises with it, so a timeline that this node should hold and does not have is never made
 here as a new one: it is copied when all its other members answer, with the highest term that any of them has promised
@@ -21,8 +23,10 @@ from typing import Any
 
 import aiohttp
 
-from neon_services.ground.errors import NeonError
+from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
+from neon_services.ground.net import Endpoint
+from neon_services.ground.tls import client_context
 from neon_services.safekeeper.peer_client import CONNECT_TIMEOUT_S, PeerAccess, PeerClient, PeerError
 from neon_services.safekeeper.pull_timeline import PullRequest, TimelinePuller
 from neon_services.safekeeper.remote_wal import timeline_prefix
@@ -42,15 +46,21 @@ class Assigned:
     hosts: tuple[str, ...] | None
 
 
-def parse_answer(value: Any, node_id: int) -> list[Assigned]:
-    """Read the control plane's answer. Raises ValueError that says what is wrong."""
+def parse_answer(value: Any, node_id: int, *, use_https: bool = False) -> list[Assigned]:
+    """Read the control plane's answer. With HTTPS a peer without ``https_port`` is one whose address nobody knows.
+
+    Raises ValueError that says what is wrong.
+    """
     try:
         addresses: dict[int, str] = {}
         for peer in value["safekeeper_peers"]:
-            host, port = peer["listen_http_addr"], peer["http_port"]
-            if not isinstance(host, str) or not host or type(port) is not int or not 0 < port < 65536:
+            host, port, https_port = peer["listen_http_addr"], peer["http_port"], peer.get("https_port")
+            ports = [port] if https_port is None else [port, https_port]
+            if not isinstance(host, str) or not host or not all(type(p) is int and 0 < p < 65536 for p in ports):
                 raise ValueError(f"not the address of a safekeeper: {peer!r}")
-            addresses[_node_id(peer["node_id"])] = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            endpoint = Endpoint(host, https_port, tls=True) if use_https else Endpoint(host, port)
+            if endpoint.port is not None:
+                addresses[_node_id(peer["node_id"])] = endpoint.url
         found = []
         for timeline in value["timelines"]:
             ttid = TenantTimelineId(TenantId.parse(timeline["tenant_id"]), TimelineId.parse(timeline["timeline_id"]))
@@ -122,9 +132,14 @@ class StartupRecovery:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         while True:
             try:
-                async with aiohttp.ClientSession(headers=headers, timeout=timeout, trust_env=False) as session:
-                    return parse_answer(await PeerClient(session, self._base_url).request("GET", path), self._node_id)
-            except (PeerError, ValueError) as error:
+                context = None if self._access.ca_file is None else client_context(self._access.ca_file)
+                connector = aiohttp.TCPConnector(ssl=True if context is None else context)
+                async with aiohttp.ClientSession(
+                    headers=headers, timeout=timeout, connector=connector, trust_env=False
+                ) as session:
+                    answer = await PeerClient(session, self._base_url).request("GET", path)
+                    return parse_answer(answer, self._node_id, use_https=self._access.use_https)
+            except (PeerError, ConfigError, ValueError) as error:
                 log.warning("which timelines should be here is not known yet, asking again in %.0f s: %s", delay, error)
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RETRY_S)

@@ -14,6 +14,7 @@ from neon_services.protocols.pgframe import FrameConnection
 LABELS = ("client_az", "sk_az", "app_name", "dir", "same_az")
 UNKNOWN = "unknown"
 MAX_LABELS = 1000
+MAX_NAME = 64
 
 _Origin = tuple[str, str]  # the client's availability zone and application_name
 
@@ -28,7 +29,7 @@ class Traffic(Collector):
 
     def begin(self, connection: FrameConnection, client_az: str | None, app_name: str | None) -> None:
         """The client has said who it is."""
-        origin = (client_az or UNKNOWN, app_name or UNKNOWN)
+        origin = ((client_az or UNKNOWN)[:MAX_NAME], (app_name or UNKNOWN)[:MAX_NAME])
         if origin not in self._ended:
             if len(self._ended) >= MAX_LABELS:
                 origin = (UNKNOWN, UNKNOWN)

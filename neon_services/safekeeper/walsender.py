@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 KEEPALIVE_INTERVAL_S = 1.0
 IDLE_TIMEOUT_S = 600.0
 PAGESERVER_REST_S = 0.01
+_TARGETS = {"pageserver", "replica", "standby", "wal_proposer_recovery", "walproposer", "safekeeper"}
 _PAUSE_SEND = failpoints.declare("sk-pause-send")  # everybody but pageservers gets no WAL
 _REPLICA_SLEEP = failpoints.declare("sk-send-wal-replica-sleep", can_wait=True)  # return(ms): after each message
 
@@ -72,8 +73,9 @@ class WalSender:
         """Stream from ``start``. Raises what the connection is to be told; EndConnection when the reader ended it."""
         timeline = self._timeline
         self._check_start(start)
-        # Neon's word for a reader that is not shared; the target without its number, for clients choose it
-        gauge = metrics.WAL_READERS.labels("future", (self._appname or "unknown").split("-")[0])
+        # Neon's word for a reader that is not shared; the target without its number, of a known kind, for clients choose it
+        target = (self._appname or "unknown").split("-")[0]
+        gauge = metrics.WAL_READERS.labels("future", target if target in _TARGETS else "unknown")
         gauge.inc()
         timeline.senders[self._state.conn_id] = self._state
         self._connection.copy_sink = self._on_message

@@ -53,6 +53,8 @@ class BrokerClient:
             return
         try:
             authorities = ca_bundle(self._ca_file)
+            if authorities != self._authorities:
+                client_context(self._ca_file)  # half a file must not take the place of a whole one
         except ConfigError as error:
             if self._channel is None:
                 raise BrokerError(f"broker {self.endpoint}: {error}") from error

@@ -216,7 +216,9 @@ def test_tls_of_the_walproposer(tmp_path: Path) -> None:
     assert parse_conninfo_options("") == ClientTls(SslMode.PREFER, None)
     assert parse_conninfo_options(f"sslmode=verify-full sslrootcert='{ca_file}'") == ClientTls(SslMode.VERIFY_FULL, ca_file)
     assert parse_conninfo_options("sslmode=verify-full sslrootcert=system") == ClientTls(SslMode.VERIFY_FULL, None)
+    assert parse_conninfo_options("sslrootcert=system") == ClientTls(SslMode.VERIFY_FULL, None)
     for wrong, expected in (
+        ("sslmode=require sslrootcert=system", "needs sslmode=verify-full"),
         ("sslmode=allow", "'allow' is not one of"),
         ("keepalives=1", "keepalives is not supported"),
         ("password=secret", "password is not supported"),

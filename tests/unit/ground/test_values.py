@@ -108,7 +108,9 @@ def test_addresses() -> None:
     assert parse_endpoint("b:50051", what="x").url == "http://b:50051"
 
 
-@pytest.mark.parametrize("text", ["", "host", ":1", "host:", "host:x", "host:65536", "host:-1"])
+@pytest.mark.parametrize(
+    "text", ["", "host", ":1", "host:", "host:x", "host:65536", "host:-1", "/tmp/x:1", "a@b:1", "a/b?c=:1"]
+)
 def test_wrong_addresses_name_the_option(text: str) -> None:
     with pytest.raises(ConfigError, match="--listen-pg: "):
         parse_host_port(text, what="--listen-pg")

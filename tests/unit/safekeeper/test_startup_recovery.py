@@ -32,6 +32,15 @@ def test_the_other_members_by_their_addresses() -> None:
     assert parse_answer({"timelines": [], "safekeeper_peers": []}, 3) == []
 
 
+def test_with_https_only_what_answers_there_is_an_address() -> None:
+    assert parse_answer(GOOD, 3, use_https=True) == [Assigned(TTID, None)]
+    peers = [{**peer, "https_port": 8000 + number} for number, peer in enumerate(GOOD["safekeeper_peers"])]
+    found = parse_answer({**GOOD, "safekeeper_peers": peers}, 3, use_https=True)
+    assert found == [Assigned(TTID, ("https://10.0.0.1:8000", "https://[fe80::2]:8001"))]
+    with pytest.raises(ValueError, match="address"):
+        parse_answer({**GOOD, "safekeeper_peers": [{**peers[0], "https_port": "8000"}]}, 3)
+
+
 def test_any_other_shape_is_refused() -> None:
     """Every value replaced by every kind of wrong one, and every field taken away."""
     wrongs: list[Any] = [None, True, -1, 1 << 64, 1.5, "", "x", [], {}, [None], {"a": 1}]

@@ -58,6 +58,7 @@ class Proposer:
         self.connection = ServerConnection(lambda _: Handler())  # type: ignore[arg-type, return-value]
         self.connection.connection_made(Transport())  # type: ignore[arg-type]
         self.connection._untagged = False
+        self.connection.admitted()
         self.receiver = WalReceiver(timelines, self.connection, TTID, allow_creation=False)
         self.receiver.start()
         for message in (

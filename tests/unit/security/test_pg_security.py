@@ -327,3 +327,58 @@ async def test_a_second_request_inside_tls(tls: ServerTls) -> None:
 
     async with serving(tls) as server:
         assert await asyncio.to_thread(run, server.server.port) == b"NR"
+
+
+async def test_a_connection_that_is_dropped_before_its_change_to_tls_has_begun(tls: ServerTls) -> None:
+    """A task that is cancelled before its first step runs nothing, not even its error handling."""
+    async with serving(tls) as server:
+        begun: asyncio.Future[ServerConnection] = asyncio.get_running_loop().create_future()
+        real = ServerConnection._begin_tls
+
+        def begin(self: ServerConnection, context: ServerTls) -> None:
+            real(self, context)
+            self.abort()  # as its deadline, or the end of the server, does in the same round of the event loop
+            begun.set_result(self)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(ServerConnection, "_begin_tls", begin)
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.server.port)
+            writer.write(SSL_REQUEST)
+            async with asyncio.timeout(5):
+                await (await begun).lost
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() in (b"", b"S")
+        assert server.open == 0 and server.handlers[0].lost == 1
+        writer.close()
+
+
+async def test_no_host_is_a_file_where_tls_is_wanted(tmp_path: Path) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(pgwire.AUTHENTICATION_CLEARTEXT)
+
+    listening = await asyncio.start_unix_server(answer, tmp_path / ".s.PGSQL.5432")
+    with pytest.raises(NeonError, match="is not a host"):
+        await pgclient.connect(str(tmp_path), 5432, password="secret", tls=ClientTls(SslMode.PREFER))
+    listening.close()
+
+
+async def test_copy_data_that_nobody_waits_for_is_dropped() -> None:
+    async with serving() as server:
+        client = await pgclient.connect("127.0.0.1", server.server.port)
+        for _ in range(100):
+            client.send_copy_data(bytes(64 << 10))  # more than a connection keeps before it stops reading
+        async with asyncio.timeout(10):
+            assert await client.query("abc") == [["3"]]
+        client.abort()
+
+
+async def test_strangers_get_small_buffers() -> None:
+    async with serving(password="p") as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.server.port)
+        writer.write(pgwire.startup_message({"user": "u"}))
+        client = await pgclient.connect("127.0.0.1", server.server.port, password="p")
+        assert await client.query("x" * 200_000) == [["200000"]]
+        sizes = sorted(len(connection._buffer) for connection in server.server._connections)
+        assert sizes[0] == pgserver.STRANGER_BUFFER_BYTES and sizes[-1] > 200_000
+        client.abort()
+        writer.close()
