@@ -10,6 +10,7 @@ The cost is some ten microseconds per look and thread, and none while nobody pro
 
 import asyncio
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -21,6 +22,8 @@ from types import CodeType, FrameType
 
 from neon_services.ground.errors import NeonError
 from neon_services.ground.pprof import Frame, ProfileBuilder
+
+log = logging.getLogger(__name__)
 
 MAX_DEPTH = 200
 _LOOK_UP_S = 0.01
@@ -68,8 +71,7 @@ class CpuProfiler:
         self._interval_s = 1 / frequency_hz
         self._stopped = asyncio.Event()
         self._looking = False
-        #: It could not look at a stack; what was seen before is the result.
-        self.failed = False
+        self._failure: Exception | None = None  # it could not look at a stack; what was seen before is the result
         self._last: dict[int, int] = {}  # processor time that a thread had used at the last look
         self._used: defaultdict[tuple[_Stack, str], list[int]] = defaultdict(lambda: [0, 0])
 
@@ -97,6 +99,8 @@ class CpuProfiler:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             CpuProfiler._running = None
+        if self._failure is not None:
+            log.error("the CPU profile ended early", exc_info=self._failure)
         return await asyncio.to_thread(self._write, round((time.monotonic() - started) * 1e9))
 
     @staticmethod
@@ -107,9 +111,9 @@ class CpuProfiler:
         profiler._looking = True
         try:
             profiler._look(frame)
-        except Exception:  # it would come out of whatever code the signal interrupted
+        except Exception as error:  # it would come out of whatever code the signal interrupted; run() logs it
             profiler.stop()
-            profiler.failed = True
+            profiler._failure = error
         finally:
             profiler._looking = False
 

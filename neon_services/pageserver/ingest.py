@@ -20,12 +20,11 @@ from neon_services.pageserver.native_records import CLOG_XIDS_PER_PAGE
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.values import IndexArray
 from neon_services.wal import xact
+from neon_services.wal.raw_record import DBASE, LOOKED_AT, XACT, XLOG, Record
 from neon_services.wal.records import WalBatch
 
 _LOOKED_AT = np.zeros(256, bool)
-_LOOKED_AT[
-    [ir.XLOG, ir.XACT, ir.SMGR, ir.CLOG, ir.DBASE, ir.MULTIXACT, ir.RELMAP, ir.STANDBY, ir.REPLORIGIN, ir.LOGICAL_MESSAGE]
-] = True
+_LOOKED_AT[list(LOOKED_AT)] = True
 _FPI, _FPI_FOR_HINT = 0xB0, 0xA0
 _MASK32 = np.uint32(0xFFFF_FFFF)
 _HALF32 = np.uint32(0x8000_0000)
@@ -67,16 +66,16 @@ class _BatchIngest:
     async def run(self) -> None:
         batch, tip = self._batch, self._tip
         self._simple, special = self._sort_out()
-        looked_at = [_record(batch, row) for row in special.tolist()]
+        looked_at = [Record.of(batch, row, tip.pg_major) for row in special.tolist()]
         needed = {tag for record in looked_at for tag in ir.relations_needed(record, tip.pg_major)}
         await tip.prefetch([*self._blocks.tags, *needed])
-        xids = batch.records["xid"][batch.records["rmid"] == ir.XACT]
+        xids = batch.records["xid"][batch.records["rmid"] == XACT]
         await tip.clog.prefetch(np.unique(xids[xids != 0] // CLOG_XIDS_PER_PAGE).tolist())
 
         tip.rows = RowBuilder(batch.blob)
         for row, record in zip(special.tolist(), looked_at, strict=True):
             tip.checkpoint.saw_xid(record.xid)
-            if record.rmid == ir.DBASE:
+            if record.rmid == DBASE:
                 self._hand_over(row)
                 await handle_database(tip, self._timeline, record)
             elif ir.is_barrier(record):
@@ -95,9 +94,9 @@ class _BatchIngest:
         records = self._batch.records
         rmid, opcode = records["rmid"], records["info"] & np.uint8(0xF0)
         looked_at = _LOOKED_AT[rmid]
-        looked_at &= ~((rmid == ir.XLOG) & ((opcode == _FPI) | (opcode == _FPI_FOR_HINT)))
+        looked_at &= ~((rmid == XLOG) & ((opcode == _FPI) | (opcode == _FPI_FOR_HINT)))
         # with the 0x80 bit clear, the opcode is the whole high half: nothing but the time follows
-        simple = (rmid == ir.XACT) & ((opcode == xact.COMMIT) | (opcode == xact.ABORT))
+        simple = (rmid == XACT) & ((opcode == xact.COMMIT) | (opcode == xact.ABORT))
         looked_at &= ~simple
         looked_at[self._first_of_new_xids()] = True
         return np.flatnonzero(simple), np.flatnonzero(looked_at)
@@ -149,17 +148,3 @@ class _BatchIngest:
             self._timeline.ingest(self._tip.rows.finish(), int(end["end_lsn"]), int(end["start_lsn"]))
             self._tip.publish()
         self._tip.rows = RowBuilder(self._batch.blob)
-
-
-def _record(batch: WalBatch, row: int) -> ir.Record:
-    record = batch.records[row]
-    start = int(record["blob_off"]) + 8
-    main = start + int(record["main_off"])
-    return ir.Record(
-        end_lsn=int(record["end_lsn"]),
-        xid=int(record["xid"]),
-        rmid=int(record["rmid"]),
-        info=int(record["info"]),
-        main=batch.blob[main : main + int(record["main_len"])],
-        raw=batch.blob[start : start + int(record["tot_len"])],
-    )

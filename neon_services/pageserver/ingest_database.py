@@ -10,11 +10,11 @@ import numpy as np
 from neon_services.ground.errors import CorruptionError
 from neon_services.ground.lsn import format_lsn
 from neon_services.pageserver import keys
-from neon_services.pageserver.ingest_records import Record
 from neon_services.pageserver.ingest_tip import TipState
 from neon_services.pageserver.keys import RelTag
 from neon_services.pageserver.relations import Relations
 from neon_services.pageserver.timeline import Timeline
+from neon_services.wal.raw_record import Record
 
 _CREATE_FILE_COPY, _CREATE_WAL_LOG, _DROP = 0x00, 0x10, 0x20
 _DROP_BEFORE_15 = 0x10

@@ -8,7 +8,6 @@ SLRUs are 4 bytes up to 16 and 8 bytes from 17 on.
 import logging
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
 
 from neon_services.ground.errors import CorruptionError
 from neon_services.ground.lsn import format_lsn
@@ -24,31 +23,27 @@ from neon_services.pageserver.relations import forks_of
 from neon_services.pageserver.slru import clog_segments_before
 from neon_services.pageserver.values import NATIVE
 from neon_services.wal import xact
+from neon_services.wal.raw_record import (
+    CLOG,
+    DBASE,
+    LOGICAL_MESSAGE,
+    MULTIXACT,
+    RELMAP,
+    REPLORIGIN,
+    SMGR,
+    STANDBY,
+    XACT,
+    XLOG,
+    Record,
+)
 
 log = logging.getLogger(__name__)
 
-XLOG, XACT, SMGR, CLOG, DBASE, TABLESPACE, MULTIXACT, RELMAP, STANDBY = range(9)
-REPLORIGIN, LOGICAL_MESSAGE = 19, 21
 _SMGR_CREATE, _SMGR_TRUNCATE = 0x10, 0x20
 _TRUNCATE_HEAP, _TRUNCATE_VM, _TRUNCATE_FSM = 1, 2, 4
 _FSM_SLOTS_PER_PAGE = 4069
 _AUX_PREFIX = b"neon-file:"
 _MASK32 = 0xFFFF_FFFF
-
-
-class Record(NamedTuple):
-    """One decoded record. ``raw`` is the whole XLogRecord, ``main`` its main data."""
-
-    end_lsn: int
-    xid: int
-    rmid: int
-    info: int
-    main: bytes
-    raw: bytes
-
-    @property
-    def opcode(self) -> int:
-        return self.info & (xact.OPCODE_MASK if self.rmid == XACT else 0xF0)
 
 
 def is_barrier(record: Record) -> bool:
@@ -67,7 +62,7 @@ def relations_needed(record: Record, pg_major: int) -> list[RelTag]:
     if created is not None:
         return [created]
     if record.rmid == SMGR and record.opcode == _SMGR_TRUNCATE:
-        _, spc, db, rel, _ = _unpack("<IIIIi", record)
+        _, spc, db, rel, _ = record.unpack("IIIIi")
         return list(forks_of(spc, db, rel))
     if record.rmid == XACT and is_barrier(record):
         relations = xact.parse_xact(record.info, record.main, pg_major).relations
@@ -87,20 +82,10 @@ def handle(tip: TipState, record: Record) -> None:
         handler(tip, record)
 
 
-def _unpack(layout: str, record: Record, offset: int = 0) -> tuple[int, ...]:
-    try:
-        return struct.unpack_from(layout, record.main, offset)
-    except struct.error as error:
-        raise CorruptionError(
-            f"the record of resource manager {record.rmid}, info {record.info:#x}, that ends at {format_lsn(record.end_lsn)} "
-            f"is too short: {error}"
-        ) from error
-
-
 def _page_number(tip: TipState, record: Record) -> tuple[int, int]:
     """(SLRU page number, bytes it takes) at the front of a record."""
-    layout = "<q" if tip.pg_major >= 17 else "<i"
-    return _unpack(layout, record)[0], struct.calcsize(layout)
+    layout, width = ("q", 8) if tip.pg_major >= 17 else ("i", 4)
+    return record.unpack(layout)[0], width
 
 
 def _xlog(tip: TipState, record: Record) -> None:
@@ -112,11 +97,11 @@ def _xlog(tip: TipState, record: Record) -> None:
             oldest_prepared_xid=tip.oldest_prepared_xid(),
         )
     elif record.opcode == 0x30:  # NEXTOID
-        tip.checkpoint.saw_next_oid(_unpack("<I", record)[0])
+        tip.checkpoint.saw_next_oid(record.unpack("I")[0])
     elif record.opcode == 0x60 and tip.pg_major >= 17:  # PARAMETER_CHANGE: five limits come first
-        tip.checkpoint.saw_wal_level(_unpack("<i", record, 20)[0] & _MASK32)
+        tip.checkpoint.saw_wal_level(record.unpack("i", 20)[0] & _MASK32)
     elif record.opcode == 0x90 and tip.pg_major >= 17:  # END_OF_RECOVERY: time and two timeline ids come first
-        tip.checkpoint.saw_wal_level(_unpack("<i", record, 16)[0] & _MASK32)
+        tip.checkpoint.saw_wal_level(record.unpack("i", 16)[0] & _MASK32)
 
 
 def _xact(tip: TipState, record: Record) -> None:
@@ -136,7 +121,7 @@ def _xact(tip: TipState, record: Record) -> None:
 
 
 def _created(record: Record) -> RelTag:
-    spc, db, rel, fork = _unpack("<IIIi", record)
+    spc, db, rel, fork = record.unpack("IIIi")
     if not 0 <= fork <= 3:
         raise CorruptionError(f"the record that ends at {format_lsn(record.end_lsn)} creates relation fork {fork}")
     return RelTag(spc, db, rel, fork)
@@ -148,7 +133,7 @@ def _smgr(tip: TipState, record: Record) -> None:
         if tip.is_ours(tag.spc):
             tip.create_relation(tag, record.end_lsn)
     elif record.opcode == _SMGR_TRUNCATE:
-        blocks, spc, db, rel, flags = _unpack("<IIIIi", record)
+        blocks, spc, db, rel, flags = record.unpack("IIIIi")
         if flags & _TRUNCATE_HEAP:
             tip.truncate_relation(RelTag(spc, db, rel, keys.MAIN_FORK), blocks, record.end_lsn)
         if flags & _TRUNCATE_FSM:
@@ -181,7 +166,7 @@ def _clog(tip: TipState, record: Record) -> None:
     if record.opcode == 0x00:  # ZEROPAGE
         tip.zero_slru_page(keys.CLOG, page, record.end_lsn)
     elif record.opcode == 0x10:  # TRUNCATE
-        oldest_xid, oldest_xid_db = _unpack("<II", record, width)
+        oldest_xid, oldest_xid_db = record.unpack("II", width)
         tip.checkpoint.saw_oldest_xid(oldest_xid, oldest_xid_db)
         # never remove the page in use, which a wrapped-around comparison could hit
         current = (tip.checkpoint.next_xid & _MASK32) // native_records.CLOG_XIDS_PER_PAGE // keys.SLRU_PAGES_PER_SEGMENT
@@ -195,8 +180,8 @@ def _multixact(tip: TipState, record: Record) -> None:
         kind = keys.MULTIXACT_OFFSETS if record.opcode == 0x00 else keys.MULTIXACT_MEMBERS
         tip.zero_slru_page(kind, _page_number(tip, record)[0], lsn)
     elif record.opcode == 0x20:  # CREATE_ID
-        multi, offset, count = _unpack("<IIi", record)
-        flat = _unpack(f"<{2 * max(count, 0)}I", record, 12)
+        multi, offset, count = record.unpack("IIi")
+        flat = record.unpack(f"{2 * max(count, 0)}I", 12)
         members = list(zip(flat[::2], flat[1::2], strict=True))
         page = multi // OFFSETS_PER_PAGE
         tip.ensure_slru_page(keys.MULTIXACT_OFFSETS, page, lsn)
@@ -214,7 +199,7 @@ def _multixact(tip: TipState, record: Record) -> None:
         xids = [tip.checkpoint.full_xid(xid) for xid, _ in members]
         tip.checkpoint.saw_multixact(multi, offset, len(members), max(xids, default=0) & _MASK32)
     elif record.opcode == 0x30:  # TRUNCATE_ID
-        oldest_db, _, end_offset, start_member, end_member = _unpack("<IIIII", record)
+        oldest_db, _, end_offset, start_member, end_member = record.unpack("IIIII")
         tip.checkpoint.saw_multixact_truncate(end_offset, oldest_db)
         per_segment = MEMBERS_PER_PAGE * keys.SLRU_PAGES_PER_SEGMENT
         doomed, segment, end = set(), start_member // per_segment, end_member // per_segment
@@ -226,7 +211,7 @@ def _multixact(tip: TipState, record: Record) -> None:
 
 def _relmap(tip: TipState, record: Record) -> None:
     if record.opcode == 0x00:
-        db, spc, count = _unpack("<IIi", record)
+        db, spc, count = record.unpack("IIi")
         content = record.main[12 : 12 + count]
         if len(content) != count:
             raise CorruptionError(f"the relation map record that ends at {format_lsn(record.end_lsn)} is too short")
@@ -236,15 +221,15 @@ def _relmap(tip: TipState, record: Record) -> None:
 
 def _standby(tip: TipState, record: Record) -> None:
     if record.opcode == 0x10:  # RUNNING_XACTS
-        tip.checkpoint.saw_running_xacts(_unpack("<I", record, 16)[0])
+        tip.checkpoint.saw_running_xacts(record.unpack("I", 16)[0])
 
 
 def _replorigin(tip: TipState, record: Record) -> None:
     if record.opcode == 0x00:  # SET
-        remote_lsn, origin = _unpack("<QH", record)
+        remote_lsn, origin = record.unpack("QH")
         tip.rows.put_image(keys.replication_origin(origin), record.end_lsn, remote_lsn.to_bytes(8, "big"))
     elif record.opcode == 0x10:  # DROP
-        tip.rows.put_image(keys.replication_origin(_unpack("<H", record)[0]), record.end_lsn, bytes(8))
+        tip.rows.put_image(keys.replication_origin(record.unpack("H")[0]), record.end_lsn, bytes(8))
 
 
 def encode_aux_file(path: str, content: bytes) -> bytes:
@@ -274,7 +259,7 @@ def decode_aux_files(value: bytes) -> list[tuple[str, bytes]]:
 
 
 def _logical_message(tip: TipState, record: Record) -> None:
-    _, _, prefix_size, message_size = _unpack("<IIQQ", record)
+    _, _, prefix_size, message_size = record.unpack("IIQQ")
     prefix = record.main[24 : 24 + prefix_size].rstrip(b"\0")
     if not prefix.startswith(_AUX_PREFIX):
         return

@@ -16,8 +16,9 @@ from neon_services.protocols.interpreted_metadata import pack_metadata
 from neon_services.protocols.page_keys import PAGE_SIZE, TABLESPACE_MAX, U64Array, block_keys
 from neon_services.wal import xact
 from neon_services.wal.block_images import applied_images
-from neon_services.wal.interpret_metadata import DBASE, LOGICAL_MESSAGE, LOOKED_AT, XACT, XLOG, Record, metadata_of
+from neon_services.wal.interpret_metadata import metadata_of
 from neon_services.wal.interpret_visibility import HEAP, HEAP2, NEON, Block, cleared_bits
+from neon_services.wal.raw_record import DBASE, LOGICAL_MESSAGE, LOOKED_AT, XACT, XLOG, Record
 from neon_services.wal.records import REF_FPI, REF_IMPLIED_VM, REF_WILL_INIT, WalBatch
 
 I64Array = npt.NDArray[np.int64]
@@ -203,7 +204,7 @@ class _Metadata:
     def put_others(self) -> None:
         """All that remain, one by one."""
         for row in np.flatnonzero(self._others).tolist():
-            record = self._record(row)
+            record = Record.of(self._batch, row, self._pg_major)
             metadata = metadata_of(record)
             if metadata is None:
                 continue
@@ -212,21 +213,6 @@ class _Metadata:
                 self.for_shard_zero.append((row, packed))
             else:
                 self.offset[row], self.length[row] = self._data.add(packed), len(packed)
-
-    def _record(self, row: int) -> Record:
-        record, blob = self._batch.records[row], self._batch.blob
-        start = int(record["blob_off"]) + 8
-        raw = blob[start : start + int(record["tot_len"])]
-        main = int(record["main_off"])
-        return Record(
-            end_lsn=int(record["end_lsn"]),
-            xid=int(record["xid"]),
-            rmid=int(record["rmid"]),
-            info=int(record["info"]),
-            main=raw[main : main + int(record["main_len"])],
-            raw=raw,
-            pg_major=self._pg_major,
-        )
 
 
 def _clears(batch: WalBatch) -> list[tuple[int, ClearBits, bytes]]:

@@ -5,20 +5,27 @@ are, and what they become, is Neon's; what it leaves to the pageserver (the XLOG
 whose oid has no place in a key are left out: there are no keys for what is in them.
 """
 
-import struct
 from collections.abc import Callable
-from typing import NamedTuple
 
 from neon_services.ground.errors import CorruptionError
 from neon_services.ground.lsn import format_lsn
 from neon_services.protocols import interpreted_metadata as md
 from neon_services.protocols.page_keys import TABLESPACE_MAX, RelTag
 from neon_services.wal import xact
+from neon_services.wal.raw_record import (
+    CLOG,
+    DBASE,
+    LOGICAL_MESSAGE,
+    MULTIXACT,
+    RELMAP,
+    REPLORIGIN,
+    SMGR,
+    STANDBY,
+    XACT,
+    XLOG,
+    Record,
+)
 
-XLOG, XACT, SMGR, CLOG, DBASE, TABLESPACE, MULTIXACT, RELMAP, STANDBY = range(9)
-REPLORIGIN, LOGICAL_MESSAGE = 19, 21
-#: The resource managers whose records are looked at.
-LOOKED_AT = (XLOG, XACT, SMGR, CLOG, DBASE, MULTIXACT, RELMAP, STANDBY, REPLORIGIN, LOGICAL_MESSAGE)
 _PAGES_PER_SEGMENT = 32
 _AUX_PREFIX = b"neon-file:"
 _XACT_ENDS = {
@@ -27,32 +34,6 @@ _XACT_ENDS = {
     xact.COMMIT_PREPARED: md.CommitPrepared,
     xact.ABORT_PREPARED: md.AbortPrepared,
 }
-
-
-class Record(NamedTuple):
-    """One decoded record. ``raw`` is the whole XLogRecord, ``main`` its main data."""
-
-    end_lsn: int
-    xid: int
-    rmid: int
-    info: int
-    main: bytes
-    raw: bytes
-    pg_major: int
-
-    @property
-    def opcode(self) -> int:
-        return self.info & 0xF0
-
-    def unpack(self, layout: str, offset: int = 0) -> tuple[int, ...]:
-        """Fields of the main data. Raises CorruptionError."""
-        try:
-            return struct.unpack_from("<" + layout, self.main, offset)
-        except struct.error as error:
-            raise CorruptionError(
-                f"the record of resource manager {self.rmid}, info {self.info:#x}, that ends at {format_lsn(self.end_lsn)} "
-                f"is too short: {error}"
-            ) from error
 
 
 def metadata_of(record: Record) -> md.MetadataRecord | None:
@@ -71,7 +52,7 @@ def _xlog(record: Record) -> md.XlogRaw:
 
 
 def _xact(record: Record) -> md.XactEnd | md.Prepare | None:
-    opcode = record.info & xact.OPCODE_MASK
+    opcode = record.opcode
     if opcode == xact.PREPARE:
         return md.Prepare(record.xid, record.main)
     made = _XACT_ENDS.get(opcode)

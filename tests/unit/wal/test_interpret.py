@@ -18,10 +18,11 @@ from neon_services.protocols.sharding import ShardIdentity
 from neon_services.wal.block_images import applied_images
 from neon_services.wal.framing import build_record
 from neon_services.wal.interpret import InterpretedBatch, Values, interpret
-from neon_services.wal.interpret_metadata import TABLESPACE, Record, copies_database, metadata_of
+from neon_services.wal.interpret_metadata import copies_database, metadata_of
 from neon_services.wal.interpret_visibility import HEAP, HEAP2, NEON, cleared_bits
 from neon_services.wal.interpreted_encoding import encode_batch
 from neon_services.wal.oracle import OracleDecoder
+from neon_services.wal.raw_record import TABLESPACE, Record
 from tests.unit.wal.wal_builder import WalBuilder
 
 SHARDS = [ShardIdentity(0, 0, 0), ShardIdentity(0, 1, 1), *(ShardIdentity(number, 3, 2) for number in range(3))]
