@@ -7,7 +7,8 @@ Invariants:
   another safekeeper. Above, reading from Postgres stops when the ring is full, and Postgres's slot keeps the rest.
 * A member that the quorum does not need is fed late by at most ``lazy_s``, and only while all are well.
 
-Speed: small appends wait for the answer to the one before and then go as one (group commit at the proposer).
+Speed: small appends wait for the answer to the one before and then go as one (group commit at the proposer). Every commit waits
+for what ``on_wal`` and ``acknowledged`` do, so they do what it waits for first and in few steps.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from typing import Any
 from neon_services.compute.walproposer_config import WalProposerConfig
 from neon_services.compute.walproposer_postgres import PostgresAddress, PostgresLink
 from neon_services.compute.walproposer_ring import WalRing
-from neon_services.compute.walproposer_safekeeper import SafekeeperLink
+from neon_services.compute.walproposer_safekeeper import SafekeeperLink, append_message
 from neon_services.consensus.proposer import MemberPhase, Proposer
 from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.lsn import Lsn, format_lsn
@@ -64,6 +65,7 @@ class WalProposer:
         self._postgres_done = asyncio.Event()
         self._standby_feedback = NO_STANDBY_FEEDBACK
         self._reported_commit = Lsn(0)
+        self._seen_lsn = Lsn(0)  # up to where the WAL in the ring was looked at
 
     # -- life
 
@@ -105,6 +107,7 @@ class WalProposer:
             raise ConfigError(
                 f"attach: start_lsn {format_lsn(start_lsn)} leaves a gap behind the end of the log {format_lsn(self.ring.end)}"
             )
+        self._seen_lsn = self.ring.end
         self.postgres = PostgresLink(self.ring, self.on_wal, self._positions)
         self._spawn(self._stream(self.postgres, address))
 
@@ -199,7 +202,8 @@ class WalProposer:
                 self._announced_ready = True
                 truncate_lsn = format_lsn(self.core.truncate_lsn)
                 self._emit({"event": "ready", "lsn": format_lsn(self.core.term_start_lsn), "truncate_lsn": truncate_lsn})
-        self.pump(link.slot)
+        if self.ring is not None and link.member.sent_lsn < self.ring.end:
+            self.pump(link.slot)
 
     def pump(self, slot: int, *, now: bool = False) -> None:
         """Send this member the WAL that is due; ``now``: all there is, without waiting for answers or company."""
@@ -230,17 +234,27 @@ class WalProposer:
 
     def on_wal(self) -> None:
         """New WAL is in the ring."""
-        for slot in range(len(self.links)):
-            self.pump(slot)
+        ring = self.ring
+        assert ring is not None
+        begin, end, lazy_slot = self._seen_lsn, ring.end, self._lazy_slot
+        self._seen_lsn = end
+        is_small = end - begin <= MAX_APPEND_BYTES
+        made, message = b"", b""
+        for link in self.links:
+            if is_small and link.slot != lazy_slot and link.due_now(begin):
+                # nothing else is due to it: what is new goes as it is, and is the same message for all of these
+                header = self.core.append_header(link.slot, end)
+                if header != made:
+                    made, message = header, append_message(header, ring.views(begin, end), end - begin)
+                link.send_append(message)
+            else:
+                self.pump(link.slot)
         self._check_room()
 
     def _positions(self) -> tuple[Lsn, Lsn]:
         """commit_lsn, and up to where every pageserver shard has received WAL (commit_lsn when none has told)."""
-        commit_lsn = self.core.commit_lsn
-        told = self.core.pageserver_feedback
-        if not told:
-            return commit_lsn, commit_lsn
-        return commit_lsn, min(commit_lsn, *(feedback.last_received_lsn for feedback in told.values()))
+        commit_lsn, received_lsn = self.core.commit_lsn, self.core.pageservers_received_lsn
+        return commit_lsn, commit_lsn if received_lsn is None else min(commit_lsn, received_lsn)
 
     def _check_room(self) -> None:
         """Stop reading from Postgres before the ring would come round to what is not committed."""
@@ -249,6 +263,8 @@ class WalProposer:
         if postgres is None:
             return
         uncommitted = ring.end - self.core.commit_lsn
+        if uncommitted <= RING_RESERVE and not postgres.paused:
+            return
         if uncommitted > ring.size - RING_RESERVE // 2:
             if not postgres.paused:
                 postgres.pause()

@@ -20,6 +20,9 @@ from neon_services.ground.pgtime import to_postgres_us
 from neon_services.protocols import pgclient, pgwire
 from neon_services.protocols.safekeeper_messages import (
     MAX_APPEND_BYTES,
+    NO_STANDBY_FEEDBACK,
+    AppendResponse,
+    HotStandbyFeedback,
     ProposerMessage,
     parse_acceptor_message,
     parse_append_response,
@@ -31,7 +34,14 @@ BURST_BYTES = 1024 * 1024
 _COPY_DATA = struct.Struct("!ci")
 _XLOG_DATA = struct.Struct("!cQQq")
 _APPEND_OVERHEAD = 4 + 45
+# a CopyData message with an AppendResponse that carries no feedback of a pageserver
+_FRAMED_RESPONSE = struct.Struct("!cicIQQQqQQ")
 FIRST_PAUSE_S = 0.05
+
+
+def append_message(header: bytes, views: tuple[memoryview, ...], count: int) -> bytes:
+    """An append of so many bytes in its CopyData message; copied, for the transport may keep it, and the ring comes round."""
+    return b"".join((_COPY_DATA.pack(b"d", _APPEND_OVERHEAD + count), header, *views))
 
 
 class Owner(Protocol):
@@ -162,6 +172,7 @@ class SafekeeperLink:
                 await client.start_copy_both(f"START_WAL_PUSH (proto_version '3', allow_timeline_creation '{creation}')")
             self._client, self._error = client, None
             client.copy_sink = self._on_message
+            client.fast_path = self._take
             client.on_room = self._on_room
             self.send([message for _, message in self.owner.core.connected(self.slot)])
             self.owner.member_changed(self)
@@ -197,15 +208,41 @@ class SafekeeperLink:
 
     # -- receiving
 
+    def _take(self, buffer: memoryview, filled: int) -> int:
+        """One acknowledgement that fills the receive buffer, in few steps; _on_message takes everything else."""
+        if filled != _FRAMED_RESPONSE.size or self.member.phase is not MemberPhase.ACTIVE:
+            return 0
+        tag, length, kind, generation, term, flush_lsn, commit_lsn, *standby = _FRAMED_RESPONSE.unpack_from(buffer)
+        if length != filled - 1 or tag != b"d" or kind != b"a":
+            return 0
+        feedback = HotStandbyFeedback(*standby) if any(standby) else NO_STANDBY_FEEDBACK
+        try:
+            self._acknowledged(AppendResponse(generation, term, flush_lsn, commit_lsn, feedback))
+        except (Deposed, ConfigError) as error:
+            self.owner.fail(error)
+        except NeonError as error:
+            self._break(error)
+        if self._client is not None:
+            self._client.heard = True
+        return filled
+
+    def _acknowledged(self, response: AppendResponse) -> None:
+        moved = self.owner.core.append_response(self.slot, response)
+        if self.awaiting:
+            self.awaiting = False
+            self.answer_s += (self._loop.time() - self._sent_at_s - self.answer_s) / 16
+        self.owner.acknowledged(self, moved)
+
+    def _break(self, error: NeonError) -> None:
+        self._error = error
+        if self._client is not None:
+            self._client.abort()
+
     def _on_message(self, body: memoryview) -> None:
         core = self.owner.core
         try:
             if self.member.phase is MemberPhase.ACTIVE and body[0] == 97:
-                moved = core.append_response(self.slot, parse_append_response(body))
-                if self.awaiting:
-                    self.awaiting = False
-                    self.answer_s += (self._loop.time() - self._sent_at_s - self.answer_s) / 16
-                self.owner.acknowledged(self, moved)
+                self._acknowledged(parse_append_response(body))
                 return
             outgoing = core.received(self.slot, parse_acceptor_message(body))
             for slot, message in outgoing:
@@ -214,9 +251,7 @@ class SafekeeperLink:
         except (Deposed, ConfigError) as error:
             self.owner.fail(error)
         except NeonError as error:
-            self._error = error
-            if self._client is not None:
-                self._client.abort()
+            self._break(error)
 
     # -- sending
 
@@ -237,18 +272,35 @@ class SafekeeperLink:
             self.send([self.owner.core.heartbeat(self.slot)])
             self._mark_sent()
 
+    def due_now(self, begin: Lsn) -> bool:
+        """Whether this member has everything up to here, and nothing keeps it from getting what follows at once."""
+        member, client = self.member, self._client
+        return (
+            member.sent_lsn == begin
+            and not self.awaiting
+            and not self.feeding
+            and client is not None
+            and not client.full
+            and member.phase is MemberPhase.ACTIVE
+        )
+
+    def send_append(self, append: bytes) -> None:
+        """Send an append that the state machine counts as sent, in its CopyData message."""
+        assert self._client is not None
+        self._client.write(append)
+        self._mark_sent()
+
     def send_wal(self, ring: WalRing) -> bool:
         """Send WAL from the ring, at most BURST_BYTES. True when more is left."""
         client = self._client
         assert client is not None
         member, core = self.member, self.owner.core
         end = min(ring.end, member.sent_lsn + BURST_BYTES)
-        pieces: list[bytes | memoryview] = []
+        pieces: list[bytes] = []
         while (begin := member.sent_lsn) < end:
             until = Lsn(min(end, begin + MAX_APPEND_BYTES))
-            pieces += (_COPY_DATA.pack(b"d", _APPEND_OVERHEAD + until - begin), core.append_header(self.slot, until))
-            pieces += ring.views(begin, until)
-        client.write(b"".join(pieces))  # joined, hence copied: the transport may keep it, and the ring comes round
+            pieces.append(append_message(core.append_header(self.slot, until), ring.views(begin, until), until - begin))
+        client.write(b"".join(pieces))
         self._mark_sent()
         return member.sent_lsn < ring.end
 
@@ -340,7 +392,7 @@ class SafekeeperLink:
                 return
             piece = data[:MAX_APPEND_BYTES]
             head = core.append_header(self.slot, Lsn(member.sent_lsn + len(piece)))
-            session.write(b"".join((_COPY_DATA.pack(b"d", _APPEND_OVERHEAD + len(piece)), head, piece)))
+            session.write(append_message(head, (piece,), len(piece)))
             self._mark_sent()
             data = data[len(piece) :]
 

@@ -337,6 +337,30 @@ class Acceptor:
         connection.answer_due = True
         return _NO_REPLIES
 
+    def takes(self, connection: ProposerConnection, generation: int, term: int) -> bool:
+        """Whether append_request() would write an append of this leader that begins at write_lsn.
+
+        And whether, once it is flushed, appended() may stand for flush_batch(): nothing has to be persisted then.
+        """
+        state = self.state
+        return (
+            self._streaming is connection
+            and connection.elected_term == term == state.term
+            and generation == state.mconf.generation
+            and state.commit_lsn >= state.term_history[-1].lsn
+            and not connection.answer_due
+        )
+
+    def appended(self, connection: ProposerConnection, flush_lsn: Lsn, commit_lsn: Lsn, truncate_lsn: Lsn) -> None:
+        """An append that takes() allowed was written and flushed: the log is durable up to ``flush_lsn``."""
+        if truncate_lsn > self.peer_horizon_lsn:
+            self.peer_horizon_lsn = truncate_lsn
+        if commit_lsn > connection.announced_commit_lsn:
+            connection.announced_commit_lsn = commit_lsn
+        commit_lsn = min(connection.announced_commit_lsn, flush_lsn)
+        if commit_lsn > self.commit_lsn:
+            self.commit_lsn = commit_lsn
+
     def flush_batch(self, connection: ProposerConnection) -> Steps:
         """Flush what the appends of one batch wrote, and answer them with one AppendResponse."""
         if not connection.answer_due:

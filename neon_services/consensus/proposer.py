@@ -130,8 +130,9 @@ class Proposer:
     term_start_lsn: Lsn = INVALID_LSN
     commit_lsn: Lsn = INVALID_LSN
     truncate_lsn: Lsn = INVALID_LSN
-    #: Latest feedback per pageserver shard.
+    #: Latest feedback per pageserver shard, and up to where every one of them has received WAL; None when none has told.
     pageserver_feedback: dict[int, PageserverFeedback] = field(default_factory=dict)
+    pageservers_received_lsn: Lsn | None = None
     _sets: VoterSets = ()
     #: What each voter has flushed in our term, by _key().
     _flushed: dict[int, Lsn] = field(default_factory=dict)
@@ -217,7 +218,9 @@ class Proposer:
         member.persisted_commit_lsn = message.commit_lsn
         member.hs_feedback = message.hs_feedback
         if message.pageserver_feedback is not None:
-            self.pageserver_feedback[message.pageserver_feedback.shard_number] = message.pageserver_feedback
+            told = self.pageserver_feedback
+            told[message.pageserver_feedback.shard_number] = message.pageserver_feedback
+            self.pageservers_received_lsn = min(feedback.last_received_lsn for feedback in told.values())
         if flush_lsn <= member.flush_lsn:
             return False
         member.flush_lsn = flush_lsn

@@ -1,4 +1,4 @@
-"""A Prometheus histogram for hot paths: one bisection and two additions an observation, without locks.
+"""Prometheus metrics for hot paths, without locks: an observation of a histogram is one bisection and two additions.
 
 Invariant: only one thread observes (the event loop's). A scrape that runs in another thread may see an observation half.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import prometheus_client
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
@@ -42,3 +42,30 @@ class HotHistogram(Collector):
         names = [*map(floatToGoString, self._bounds), "+Inf"]
         buckets = [(name, float(count)) for name, count in zip(names, accumulate(self._counts), strict=True)]
         return [HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self._sum)]
+
+
+class HotCounter(Collector):
+    """``prometheus_client.Counter`` with one label, whose values are known beforehand. Add to ``counts[value]``."""
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        label: str,
+        values: Sequence[str],
+        registry: CollectorRegistry = prometheus_client.REGISTRY,
+    ) -> None:
+        self._name, self._documentation, self._label = name, documentation, label
+        self.counts = dict.fromkeys(values, 0)
+        registry.register(self)
+
+    def describe(self) -> Iterable[CounterMetricFamily]:
+        """The name, by which the registry notices that it is taken."""
+        return [CounterMetricFamily(self._name, self._documentation)]
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """The present state."""
+        family = CounterMetricFamily(self._name, self._documentation, labels=[self._label])
+        for value, count in self.counts.items():
+            family.add_metric([value], count)
+        return [family]

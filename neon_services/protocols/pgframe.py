@@ -7,6 +7,7 @@ receiver asks for it. A view is valid until on_batch_end(); when the connection 
 import asyncio
 import struct
 from collections import deque
+from collections.abc import Callable
 
 from neon_services.ground.errors import ProtocolViolation
 from neon_services.protocols import pgwire
@@ -27,6 +28,11 @@ class FrameConnection(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
         self._fixed = fixed_buffer_bytes > 0
         self._buffer = bytearray(fixed_buffer_bytes or INITIAL_BUFFER)
+        self._whole = memoryview(self._buffer)
+        self._roomy = not self._fixed  # an empty buffer need not grow before it is read into
+        #: Is given the receive buffer and the length of what is in it, before it is split into messages: it may take whole
+        #: messages from the beginning and says how many bytes that was. What it does not understand it leaves.
+        self.fast_path: Callable[[memoryview, int], int] | None = None
         self._filled = 0
         self._was_full = False  # more could have been read at once: larger batches cost less
         self._untagged = False  # a server's first packet has no tag
@@ -72,24 +78,40 @@ class FrameConnection(asyncio.BufferedProtocol):
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)  # type: ignore[union-attr]
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if not self._filled and self._roomy and not self._was_full:
+            return self._whole
         room = len(self._buffer) - self._filled
         if not room or (not self._fixed and (room < MIN_ROOM or self._was_full)):
             self._was_full = False
             grown = bytearray(max(len(self._buffer) * 2, INITIAL_BUFFER))
             grown[: self._filled] = memoryview(self._buffer)[: self._filled]
-            self._buffer = grown
-        return memoryview(self._buffer)[self._filled :]
+            self._buffer, self._whole, self._roomy = grown, memoryview(grown), True
+        return self._whole[self._filled :]
 
     def admitted(self) -> None:
         """The peer is no stranger any more: the buffer may grow."""
         self._fixed = False
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._filled += nbytes
+        filled = self._filled = self._filled + nbytes
         self.received_bytes += nbytes
-        self._was_full = self._filled == len(self._buffer) < LARGEST_BUFFER
+        self._was_full = filled == len(self._buffer) < LARGEST_BUFFER
+        taken = 0
+        if self.fast_path is not None:
+            try:
+                taken = self.fast_path(self._whole, filled)
+            except BaseException:
+                self._filled = 0
+                raise
+            if taken == filled or self.closed:
+                self._filled = 0
+                return
+        self._split(taken)
+
+    def _split(self, taken: int) -> None:
+        """Hand on the messages in the buffer, of whose bytes ``taken`` have been seen to, and keep the rest."""
         view = memoryview(self._buffer)[: self._filled]
-        consumed = 0
+        consumed = taken
         try:
             while self._untagged and self._filled - consumed >= 4:
                 length = int.from_bytes(view[consumed : consumed + 4], "big")
@@ -116,7 +138,7 @@ class FrameConnection(asyncio.BufferedProtocol):
                     self.on_message(tag, body)
                     if self.closed:
                         break
-                if consumed and not self.closed:
+                if consumed > taken and not self.closed:
                     self.on_batch_end()
         except ProtocolViolation as error:
             consumed = self._filled

@@ -30,10 +30,14 @@ _VOTE_RESPONSE = struct.Struct("!cIQBQQ")
 _ELECTED = struct.Struct("!cIQQ")
 _APPEND_REQUEST = struct.Struct("!cIQQQQQ")
 _APPEND_RESPONSE = struct.Struct("!cIQQQqQQ")
+_FRAMED_APPEND = struct.Struct("!ci" + _APPEND_REQUEST.format[1:])
 
 #: Bytes of an AppendRequest in front of its WAL, and of an AppendResponse in front of its pageserver feedback.
 APPEND_REQUEST_HEADER_BYTES = _APPEND_REQUEST.size
 APPEND_RESPONSE_BYTES = _APPEND_RESPONSE.size
+#: Bytes of an AppendRequest in front of its WAL, with those of the CopyData message around it.
+FRAMED_APPEND_OVERHEAD = _FRAMED_APPEND.size
+_APPEND_LENGTH = APPEND_REQUEST_HEADER_BYTES + 4  # which CopyData gives to an append without WAL
 
 
 class TermLsn(NamedTuple):
@@ -375,6 +379,22 @@ def parse_append_request(body: memoryview | bytes) -> AppendRequest:
     if len(wal_data) > MAX_APPEND_BYTES:
         raise ProtocolViolation(f"AppendRequest carries {len(wal_data)} bytes of WAL, more than {MAX_APPEND_BYTES}")
     return AppendRequest(generation, term, begin_lsn, end_lsn, commit_lsn, truncate_lsn, wal_data)
+
+
+def framed_append(buffer: memoryview, at: int, filled: int) -> AppendRequest | None:
+    """The AppendRequest in the CopyData message at this place of a receive buffer, to be read like the others' views of it.
+
+    None when there is something else, or not all of it within the first ``filled`` bytes. It takes FRAMED_APPEND_OVERHEAD bytes
+    and its WAL.
+    """
+    data = at + FRAMED_APPEND_OVERHEAD
+    if data > filled:
+        return None
+    tag, length, kind, generation, term, begin_lsn, end_lsn, commit_lsn, truncate_lsn = _FRAMED_APPEND.unpack_from(buffer, at)
+    count = end_lsn - begin_lsn
+    if tag != b"d" or kind != b"a" or length != count + _APPEND_LENGTH or count > MAX_APPEND_BYTES or data + count > filled:
+        return None
+    return AppendRequest(generation, term, begin_lsn, end_lsn, commit_lsn, truncate_lsn, buffer[data : data + count])
 
 
 def parse_proposer_message(body: memoryview | bytes) -> ProposerMessage:

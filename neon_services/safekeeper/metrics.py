@@ -7,7 +7,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from neon_services.ground.histogram import HotHistogram
+from neon_services.ground.histogram import HotCounter, HotHistogram
 
 
 class UnsuffixedCounter(Collector):
@@ -62,8 +62,8 @@ GLOBAL_DISK_UTILIZATION_CHECK_SECONDS = Histogram(
     "safekeeper_global_disk_utilization_check_seconds", "Seconds to ask how full the disk is", buckets=_FAST
 )
 
-PROPOSER_ACCEPTOR_MESSAGES = Counter(
-    "safekeeper_proposer_acceptor_messages", "Messages of proposers, by what became of them", ["outcome"]
+PROPOSER_ACCEPTOR_MESSAGES = HotCounter(
+    "safekeeper_proposer_acceptor_messages", "Messages of proposers, by what became of them", "outcome", ("success", "error")
 )
 PG_QUERIES_RECEIVED = Counter("safekeeper_pg_queries_received", "Commands received on the WAL port", ["query"])
 PG_QUERIES_FINISHED = Counter("safekeeper_pg_queries_finished", "Commands finished on the WAL port", ["query"])

@@ -68,6 +68,11 @@ class SegmentDirectory:
 
     # -- making
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the next segment file is made, or being made."""
+        return self._prepared is not None
+
     def prepare(self, *, bulk: bool = False) -> None:
         """Start making the next segment file in the background, if that is not under way."""
         if self._prepared is None:

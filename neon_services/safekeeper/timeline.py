@@ -112,6 +112,20 @@ class Timeline(TimelineStorage):
             raise Cancelled(f"timeline {self.ttid} is being deleted or shut down")
         return run(self.acceptor.append_request(connection, message), self.perform)
 
+    def flush(self, connection: ProposerConnection, answer: Callable[[AcceptorMessage], None]) -> None:
+        """``run`` for the end of a batch, of which no byte is in memory only afterwards.
+
+        The proposer is answered first, for commits wait for it.
+        """
+        if self.cancelled:
+            raise Cancelled(f"timeline {self.ttid} is being deleted or shut down")
+        try:
+            for reply in run(self.acceptor.flush_batch(connection), self.perform):
+                answer(reply)
+            self.store.write_out()
+        finally:
+            self.changed()
+
     def changed(self) -> None:
         """Wake readers when a position or the term moved, and the manager."""
         seen = (self.acceptor.commit_lsn, self.store.flush_lsn, self.acceptor.state.term)

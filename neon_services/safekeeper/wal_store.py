@@ -11,7 +11,9 @@ Invariants:
    that recover() finds, and the zeros of the first truncate() after boot or a failure, are written anew and synced.
 
 Hot path: ``write`` only remembers views of the receive buffer, and ``flush`` hands all of them to one
-``pwritev(RWF_DSYNC)``. Whoever calls write() must call flush() or write_out() before the views become invalid.
+``pwritev(RWF_DSYNC)``. Whoever calls write() must call flush() or write_out() before the views become invalid. ``append`` is
+both for one piece, in few steps, below ``_plain_end`` only: up to there nothing but that one write is needed. Every other
+operation begins with ``_plain_end`` = 0, and a flush that went well sets it anew.
 """
 
 import contextlib
@@ -25,10 +27,10 @@ from typing import NoReturn
 
 from neon_services.ground.disk import REAL_DISK, Disk, write_all
 from neon_services.ground.errors import NeonError, ProtocolViolation
-from neon_services.ground.lsn import INVALID_LSN, XLOG_BLCKSZ, Lsn, format_lsn, page_header_size
+from neon_services.ground.lsn import INVALID_LSN, Lsn, format_lsn
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.segments import SegmentDirectory
-from neon_services.wal.framing import PAGE_MAGICS, build_page_header
+from neon_services.safekeeper.wal_pieces import first_page_headers, split
 from neon_services.wal.records import WalDecodeError
 from neon_services.wal.scanner import WalScanner
 
@@ -73,6 +75,8 @@ class WalStore:
         self._segment = -1
         self._can_dsync = True
         self._dirty = False  # the open segment has bytes that were written without being synced
+        self._plain_end = INVALID_LSN
+        self._appended = 0, 0.0  # what append() did last, until account() has counted it: bytes, seconds
         self._segment_bytes = self._segment_writes = 0  # since the segment was opened
         #: Called when a new segment was begun: the disk has less room now.
         self.on_segment: Callable[[], None] = lambda: None
@@ -159,7 +163,7 @@ class WalStore:
         descriptor = self.segments.open_partial(segment)
         if descriptor is None:
             descriptor = self._descriptor = self.segments.create(segment)
-            for start, header in _page_headers(lsn, self._segment_size, pg_version, system_id):
+            for start, header in first_page_headers(lsn, self._segment_size, pg_version, system_id):
                 write_all(self._disk, descriptor, [header], start % self._segment_size, 0)
         self._descriptor, self._segment, self._dirty = descriptor, segment, True
 
@@ -167,39 +171,89 @@ class WalStore:
 
     def write(self, begin_lsn: Lsn, data: memoryview | bytes) -> Lsn:
         """Append bytes; the new write_lsn. Raises WalStoreError, or ProtocolViolation when they are not valid WAL."""
+        self._plain_end = INVALID_LSN
         if self._must_truncate or self._scanner is None:
             raise WalStoreError("the log accepts no WAL before an election has settled where it ends")
         if begin_lsn != self._write_lsn:
             raise ProtocolViolation(f"WAL at {format_lsn(begin_lsn)} does not follow {format_lsn(self._write_lsn)}")
         try:
             self._scanner.feed(data)
-        except BaseException as error:  # where the scanner stands is not known then
-            self._must_truncate = True
-            if not isinstance(error, WalDecodeError):
-                raise
-            raise ProtocolViolation(f"the proposer sent bytes at {format_lsn(begin_lsn)} that are not WAL: {error}") from error
+        except BaseException as error:
+            self._refuse(begin_lsn, error)
         self._pending.append(data)
         self._pending_bytes += len(data)
         self._write_lsn = Lsn(begin_lsn + len(data))
         self._write_record_lsn = self._scanner.record_end_lsn
         return self._write_lsn
 
+    def _refuse(self, begin_lsn: Lsn, error: BaseException) -> NoReturn:
+        """The scanner failed; where it stands is not known then."""
+        self._plain_end = INVALID_LSN
+        self._must_truncate = True
+        if not isinstance(error, WalDecodeError):
+            raise error
+        raise ProtocolViolation(f"the proposer sent bytes at {format_lsn(begin_lsn)} that are not WAL: {error}") from error
+
+    def append(self, begin_lsn: Lsn, data: memoryview, count: int) -> Lsn | None:
+        """write() and flush() of these ``count`` bytes; the new flush_lsn. None, and nothing done, when it takes the two.
+
+        Raises what they raise. account() is owed afterwards.
+        """
+        end_lsn = begin_lsn + count
+        if end_lsn > self._plain_end or begin_lsn != self._write_lsn:
+            return None
+        scanner, descriptor = self._scanner, self._descriptor
+        assert scanner is not None
+        assert descriptor is not None
+        try:
+            scanner.feed(data)
+        except BaseException as error:
+            self._refuse(begin_lsn, error)
+        offset = begin_lsn % self._segment_size
+        started = time.perf_counter()
+        try:
+            if self._disk.pwritev(descriptor, [data], offset, os.RWF_DSYNC) != count:
+                write_all(self._disk, descriptor, [data], offset, os.RWF_DSYNC)  # once more, from the beginning
+        except BaseException as error:
+            self._give_up("writing the log", error)
+        self._write_lsn = Lsn(end_lsn)
+        self._write_record_lsn = self._flush_lsn = scanner.record_end_lsn
+        self._appended = count, time.perf_counter() - started
+        return self._flush_lsn
+
+    def account(self) -> None:
+        """Count what append() did; later, because commits wait for append()."""
+        count, seconds = self._appended
+        self._segment_bytes += count
+        self._segment_writes += 1
+        self._account(count, seconds, flushed=True)
+
     def flush(self) -> Lsn:
         """Make everything written durable; the new flush_lsn. Raises WalStoreError."""
-        self._write_pending(sync=self._sync)
+        self._plain_end = INVALID_LSN
+        if self._pending:
+            self._write_pending(sync=self._sync)
         if self._dirty and self._sync and self._descriptor is not None:
             with self._disk_errors("syncing the log"):
                 self._fdatasync()
         self._flush_lsn = self._write_record_lsn
+        if self._sync and self._can_dsync and self._descriptor is not None and not self._must_truncate:
+            self._plain_end = self._end_of_plain_writes()
         return self._flush_lsn
+
+    def _end_of_plain_writes(self) -> Lsn:
+        """Up to where the open segment only needs to be written: not its last byte, and not where the next one is prepared."""
+        size = self._segment_size
+        length = size - 1 if self.segments.prepared else size // 4
+        return Lsn(self._segment * size + length)
 
     def write_out(self) -> None:
         """Give remembered views to the kernel, without making them durable. Raises WalStoreError."""
-        self._write_pending(sync=False)
+        if self._pending:
+            self._write_pending(sync=False)
 
     def _write_pending(self, *, sync: bool) -> None:
-        if not self._pending:
-            return
+        self._plain_end = INVALID_LSN
         views, self._pending = self._pending, []
         count, self._pending_bytes = self._pending_bytes, 0
         lsn = self._write_lsn - count
@@ -213,7 +267,7 @@ class WalStore:
                 if self._segment != lsn // size or self._descriptor is None:
                     self._switch_segment(lsn // size)
                 length = min(left, size - offset)
-                part, views = (views, []) if length == left else _split(views, length)
+                part, views = (views, []) if length == left else split(views, length)
                 # RWF_DSYNC covers only these bytes, so earlier unsynced ones need a sync of the whole file
                 dsync = sync and not self._dirty and self._write_durably(part, offset, length)
                 if not dsync:
@@ -225,11 +279,11 @@ class WalStore:
                 self._segment_writes += 1
                 if offset + length == size:
                     self._complete_segment()
-                elif offset + length > size // 4:
+                elif offset + length > size // 4 and not self.segments.prepared:
                     self.segments.prepare(bulk=self.is_bulk(size))
         except BaseException as error:
             self._give_up("writing the log", error)
-        self._account(count, time.perf_counter() - started, dsync)
+        self._account(count, time.perf_counter() - started, flushed=dsync)
 
     def is_bulk(self, size: int) -> bool:
         """Whether WAL comes as in a bulk load; it only decides how the next segment is made."""
@@ -253,7 +307,7 @@ class WalStore:
                 self._can_dsync = False
         return False
 
-    def _account(self, count: int, seconds: float, flushed: bool) -> None:
+    def _account(self, count: int, seconds: float, *, flushed: bool) -> None:
         self.written_bytes += count
         metrics.WRITE_WAL_BYTES.observe(count)
         if flushed:
@@ -282,6 +336,7 @@ class WalStore:
         self._dirty = False
 
     def _close(self) -> None:
+        self._plain_end = INVALID_LSN
         descriptor, self._descriptor = self._descriptor, None  # even one that could not be closed is gone
         self._segment, self._dirty = -1, False
         self._segment_bytes = self._segment_writes = 0
@@ -300,6 +355,7 @@ class WalStore:
 
         Also after what nobody foresaw: the bytes are not there, and no flush may say they are.
         """
+        self._plain_end = INVALID_LSN
         self._must_truncate = self._distrusts_cache = True
         self._pending.clear()
         self._pending_bytes = 0
@@ -325,6 +381,7 @@ class WalStore:
         if not self._must_truncate and lsn == self._write_lsn == self._write_record_lsn:
             return
         self.write_out()
+        self._plain_end = INVALID_LSN
         self._must_truncate = True
         with _TRUNCATE.time(), self._disk_errors("cutting the log"):
             self._close()
@@ -365,26 +422,3 @@ class WalStore:
         self._close()
         self._must_truncate = True
         self.segments.settle()
-
-
-def _split(views: list[memoryview | bytes], size: int) -> tuple[list[memoryview | bytes], list[memoryview | bytes]]:
-    """The first ``size`` bytes and the rest."""
-    head: list[memoryview | bytes] = []
-    for index, view in enumerate(views):
-        if len(view) > size:
-            whole = memoryview(view)
-            head.append(whole[:size])
-            return head, [whole[size:], *views[index + 1 :]]
-        head.append(view)
-        size -= len(view)
-    return head, []
-
-
-def _page_headers(lsn: int, segment_size: int, pg_version: int, system_id: int) -> Iterator[tuple[int, bytes]]:
-    """Headers of the segment's first page and of the page that the position lies in, for a log that begins in mid-segment."""
-    major = pg_version // 10000
-    if major not in PAGE_MAGICS:
-        return
-    for page in sorted({lsn - lsn % segment_size, lsn - lsn % XLOG_BLCKSZ}):
-        if lsn - page >= page_header_size(page, segment_size):
-            yield page, build_page_header(page, pg_major=major, system_identifier=system_id, segment_size=segment_size)

@@ -2,7 +2,10 @@
 
 Hot path: every message is handled synchronously as a view of the receive buffer, and after the last whole message of a read
 one flush makes all of them durable and one AppendResponse answers them. While the disk works, the socket collects the next
-batch. Invariant: what was written is in the kernel before the receive buffer is reused, and flushed when the proposer goes.
+batch. A commit waits for every step here, so appends are taken from the buffer directly (``_take``), and one that fills it goes
+the short way (append_lane.py); what nobody waits for comes after the answer.
+
+Invariant: what was written is in the kernel before the receive buffer is reused, and flushed when the proposer goes.
 """
 
 import asyncio
@@ -18,14 +21,17 @@ from neon_services.ground.lsn import format_lsn
 from neon_services.protocols import safekeeper_messages_v2 as v2
 from neon_services.protocols.pgserver import ServerConnection
 from neon_services.protocols.safekeeper_messages import (
+    FRAMED_APPEND_OVERHEAD,
     AcceptorMessage,
     AppendRequest,
     ProposerElected,
     ProposerGreeting,
     ProposerMessage,
+    framed_append,
     parse_proposer_message,
 )
 from neon_services.safekeeper import metrics
+from neon_services.safekeeper.append_lane import AppendLane
 from neon_services.safekeeper.connections import WalReceiverState
 from neon_services.safekeeper.disk_guard import DiskLimitReached
 from neon_services.safekeeper.timeline import Timeline
@@ -33,7 +39,7 @@ from neon_services.safekeeper.timelines import TimelineNotFound, Timelines
 
 log = logging.getLogger(__name__)
 
-_HANDLED = metrics.PROPOSER_ACCEPTOR_MESSAGES.labels("success")
+_MESSAGES = metrics.PROPOSER_ACCEPTOR_MESSAGES.counts
 
 
 class Codec(NamedTuple):
@@ -64,6 +70,7 @@ class WalReceiver:
         self._ttid = ttid
         self._allow_creation = allow_creation
         self._timeline: Timeline | None = None
+        self._lane: AppendLane | None = None
         self._parse, self._pack = codec
         self._state = WalReceiverState(send=connection.send_copy_data, close=self._end, pack=codec.pack)
         self._wrote = False
@@ -80,7 +87,7 @@ class WalReceiver:
 
     def _fail(self, error: NeonError | OSError) -> None:
         """Any error ends this connection, and nothing else."""
-        metrics.PROPOSER_ACCEPTOR_MESSAGES.labels("error").inc()
+        _MESSAGES["error"] += 1
         log.warning("proposer %s of %s: %s", self._connection.peer, self._ttid, error)
         self._save_written()
         if isinstance(error, TimelineNotFound) and not self._allow_creation:
@@ -123,7 +130,7 @@ class WalReceiver:
         else:
             replies = timeline.run(timeline.acceptor.handle(proposer, message))
         for reply in replies:
-            self._connection.send_copy_data(self._pack(reply))
+            self._answer(reply)
         self._handled += 1
         if isinstance(message, ProposerElected) and timeline.acceptor.is_streaming(self._state.proposer):
             start = format_lsn(message.start_streaming_at)
@@ -131,8 +138,48 @@ class WalReceiver:
                 "timeline %s: leader of term %d at %s streams from %s", self._ttid, message.term, self._connection.peer, start
             )
 
+    def _answer(self, reply: AcceptorMessage) -> None:
+        self._connection.send_copy_data(self._pack(reply))
+
+    def _take(self, buffer: memoryview, filled: int) -> int:
+        """Handle the appends at the beginning of the receive buffer; how many bytes they were.
+
+        Everything else, and every refusal of WAL, is left to _on_message, which does the same to an append, in more steps.
+        """
+        timeline, lane = self._timeline, self._lane
+        if timeline is None or lane is None or timeline.cancelled or self._refusal(timeline) is not None:
+            return 0
+        at, proposer = 0, self._state.proposer
+        try:
+            if (answer := lane.take(buffer, filled)) is not None:
+                self._connection.write(answer)  # first of all: commits wait for it
+                self._taken(timeline)
+                return filled
+            while (message := framed_append(buffer, at, filled)) is not None:
+                at += FRAMED_APPEND_OVERHEAD + len(message.wal_data)
+                self._wrote = True
+                for reply in timeline.append(proposer, message):
+                    self._answer(reply)
+                self._handled += 1
+        except (NeonError, OSError) as error:
+            self._fail(error)
+            return at
+        if at:
+            self._on_batch_end()
+        return at
+
+    def _taken(self, timeline: Timeline) -> None:
+        """What is left to do when the lane's answer is on its way."""
+        self.heard_at = self._clock()
+        _MESSAGES["success"] += 1
+        timeline.store.account()
+        timeline.changed()
+
+    def _refusal(self, timeline: Timeline) -> str | None:
+        return self._timelines.disk_refusal or timeline.wal_refusal
+
     def _check_room(self, timeline: Timeline) -> None:
-        refusal = self._timelines.disk_refusal or timeline.wal_refusal
+        refusal = self._refusal(timeline)
         if refusal is not None:
             metrics.WAL_STORAGE_LIMIT_ERRORS.inc()
             raise DiskLimitReached(refusal)
@@ -152,6 +199,9 @@ class WalReceiver:
             raise NeonError(f"timeline {self._ttid} is in object storage: connect again to bring it back")
         self._timeline = timeline
         timeline.receivers[self._state.conn_id] = self._state
+        if self._parse is V3.parse:
+            self._lane = AppendLane(timeline.acceptor, timeline.store, self._state.proposer)
+            self._connection.fast_path = self._take
         metrics.WAL_RECEIVERS.inc()
         timeline.on_change(timeline)
         return timeline
@@ -159,15 +209,13 @@ class WalReceiver:
     def _on_batch_end(self) -> None:
         timeline = self._timeline
         self.heard_at = self._clock()
-        _HANDLED.inc(self._handled)
+        _MESSAGES["success"] += self._handled
         self._handled = 0
         if timeline is None or not self._wrote:
             return
         self._wrote = False
         try:
-            for reply in timeline.run(timeline.acceptor.flush_batch(self._state.proposer)):
-                self._connection.send_copy_data(self._pack(reply))
-            timeline.store.write_out()
+            timeline.flush(self._state.proposer, self._answer)
         except (NeonError, OSError) as error:
             self._fail(error)
 

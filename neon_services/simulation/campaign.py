@@ -21,6 +21,7 @@ REQUIRED = {
     "unruly_commits": 0.95,
     "real": 0.35,
     "truncations": 0.7,
+    "short_ways": 0.3,
     "crashes": 0.75,
     "kills": 0.5,
     "deposed": 0.5,

@@ -14,6 +14,7 @@ class Stats:
     committed_bytes: int = 0
     unruly_commits: int = 0
     truncations: int = 0
+    short_ways: int = 0
     crashes: int = 0
     kills: int = 0
     deposed: int = 0

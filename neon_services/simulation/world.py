@@ -15,6 +15,7 @@ from neon_services.consensus.proposer import Proposer
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.safekeeper_messages import MembershipConfiguration, SafekeeperId
+from neon_services.safekeeper.append_lane import AppendLane
 from neon_services.safekeeper.manager import removal_horizon
 from neon_services.simulation.checker import Checker
 from neon_services.simulation.controller import SimulatedController
@@ -40,6 +41,7 @@ class Kinds:
     controller: type[SimulatedController] = SimulatedController
     node: type[SimulatedSafekeeper] = SimulatedSafekeeper
     storage: type[RealStorage] = RealStorage
+    lane: type[AppendLane] = AppendLane
     removal_horizon: Callable[..., Lsn] = removal_horizon
 
 

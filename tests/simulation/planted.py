@@ -70,6 +70,8 @@ _CONTROLLERS: list[tuple[type, int]] = [
 _STORES: list[tuple[type, int]] = [
     (storage_mutants.SkipsSync, 20),
     (storage_mutants.ReportsPartialRecords, 20),
+    (storage_mutants.AppendsWithoutSync, 20),
+    (storage_mutants.AppendsPartialRecords, 20),
     (storage_mutants.NoTruncationAfterBoot, 100),
     (storage_mutants.GoesOnAfterAFailedSync, 120),
     (storage_mutants.GoesOnAfterAFailedCut, 300),
@@ -102,6 +104,7 @@ PLANTED: tuple[Planted, ...] = (
     ),
     *(_planted(kind, Kinds(controller=kind), within, "moving") for kind, within in _CONTROLLERS),
     *(_planted(kind, with_store(kind), within, "storage") for kind, within in _STORES),
+    _planted(mutants.TakesFromTheDeposed, Kinds(acceptor=mutants.TakesFromTheDeposed), 30, "storage"),
     *(_planted(kind, with_segments(kind), within, "storage") for kind, within in _SEGMENTS),
     *(_planted(kind, with_storage(kind), within, "storage") for kind, within in _STORAGES),
     _planted(storage_mutants.NoDirectorySync, with_disk(storage_mutants.NoDirectorySync), 20, "storage"),

@@ -40,6 +40,29 @@ class ReportsPartialRecords(WalStore):
         return self._flush_lsn
 
 
+class AppendsWithoutSync(WalStore):
+    """Takes the short way of an append without waiting for the disk."""
+
+    def append(self, begin_lsn: Lsn, data: memoryview, count: int) -> Lsn | None:
+        if begin_lsn + count > self._plain_end or begin_lsn != self._write_lsn:
+            return None
+        plain_end = self._plain_end
+        self.write(begin_lsn, bytes(data))
+        self.write_out()
+        self._flush_lsn, self._plain_end = self._write_record_lsn, plain_end
+        return self._flush_lsn
+
+
+class AppendsPartialRecords(WalStore):
+    """The short way of an append reports the end of its bytes instead of the end of the last complete record."""
+
+    def append(self, begin_lsn: Lsn, data: memoryview, count: int) -> Lsn | None:
+        if super().append(begin_lsn, data, count) is None:
+            return None
+        self._flush_lsn = self._write_lsn
+        return self._flush_lsn
+
+
 class NoTruncationAfterBoot(WalStore):
     """Goes on where recovery found the end, without zeros behind it."""
 

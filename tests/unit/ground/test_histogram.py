@@ -1,4 +1,4 @@
-"""The histogram of hot paths looks like the library's own."""
+"""The metrics of hot paths look like the library's own."""
 
 import random
 
@@ -6,7 +6,7 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry
 
-from neon_services.ground.histogram import HotHistogram
+from neon_services.ground.histogram import HotCounter, HotHistogram
 
 BOUNDS = (0.001, 0.01, 0.5, 1, 10)
 
@@ -38,3 +38,15 @@ def test_a_name_is_taken_once() -> None:
 def test_disordered_buckets_are_refused() -> None:
     with pytest.raises(ValueError, match="ascending"):
         HotHistogram("some_seconds", "Seconds", (1, 0.5), registry=CollectorRegistry())
+
+
+def test_the_counter_looks_like_the_librarys() -> None:
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    hot = HotCounter("some_things", "Things by outcome", "outcome", ("good", "bad"), registry=ours)
+    library = prometheus_client.Counter("some_things", "Things by outcome", ["outcome"], registry=theirs)
+    hot.counts["good"] += 7
+    library.labels("good").inc(7)
+    library.labels("bad")  # the values are known, so both are shown from the beginning
+    assert exposition(ours) == exposition(theirs)
+    with pytest.raises(ValueError, match="Duplicated"):
+        HotCounter("some_things", "Things", "outcome", ("good",), registry=ours)

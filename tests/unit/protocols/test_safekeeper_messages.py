@@ -7,6 +7,7 @@ import pytest
 from neon_services.ground.errors import ProtocolViolation
 from neon_services.ground.ids import TenantId, TenantTimelineId, TimelineId
 from neon_services.ground.lsn import Lsn
+from neon_services.protocols import pgwire
 from neon_services.protocols import safekeeper_messages as m
 from neon_services.protocols.feedback import PageserverFeedback
 
@@ -124,3 +125,31 @@ def test_membership_json() -> None:
     ):
         with pytest.raises(ValueError):
             m.MembershipConfiguration.from_json(bad)
+
+
+def test_a_framed_append_is_found_only_whole() -> None:
+    append = m.AppendRequest(7, 8, Lsn(100), Lsn(105), Lsn(90), Lsn(80), b"bytes")
+    framed = pgwire.copy_data(append.pack())
+    assert len(framed) == m.FRAMED_APPEND_OVERHEAD + 5
+    buffer = memoryview(b"xyz" + framed + framed)
+    for filled in range(len(buffer) + 1):
+        for at in (3, 3 + len(framed)):
+            found = m.framed_append(buffer, at, filled)
+            assert (found is not None) == (filled >= at + len(framed)), (at, filled)
+            if found is not None:
+                assert (found.pack(), bytes(found.wal_data)) == (append.pack(), b"bytes")
+    assert m.framed_append(buffer, 4, len(buffer)) is None
+
+
+@pytest.mark.parametrize("at", [0, 4, 5])
+def test_a_framed_append_of_another_shape_is_left_to_others(at: int) -> None:
+    framed = bytearray(pgwire.copy_data(m.AppendRequest(7, 8, Lsn(100), Lsn(105), Lsn(90), Lsn(80), b"bytes").pack()))
+    framed[at] ^= 1
+    assert m.framed_append(memoryview(framed), 0, len(framed)) is None
+
+
+def test_a_framed_append_is_bounded() -> None:
+    for size, taken in ((m.MAX_APPEND_BYTES, True), (m.MAX_APPEND_BYTES + 1, False)):
+        append = m.AppendRequest(7, 8, Lsn(0), Lsn(size), Lsn(0), Lsn(0), bytes(size))
+        framed = memoryview(pgwire.copy_data(append.pack()))
+        assert (m.framed_append(framed, 0, len(framed)) is not None) is taken
