@@ -4,6 +4,7 @@ Invariant: nothing here decides or retries; each method is the system call of it
 when is the caller's to know: file contents by ``fsync``, ``fdatasync`` or ``RWF_DSYNC``, names by ``sync_directory``.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,10 @@ from pathlib import Path
 _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk-ahead")
 
 Views = list[memoryview | bytes]
+
+_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+_sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 class Disk:
@@ -45,6 +50,12 @@ class Disk:
     def allocate(self, descriptor: int, size: int) -> None:
         """Make the file so long, with room on the disk for all of it; what was not written reads as zeros."""
         os.posix_fallocate(descriptor, 0, size)
+
+    def start_writing(self, descriptor: int, offset: int, count: int) -> None:
+        """Let the device begin with written bytes while we do something else; a sync will be needed all the same."""
+        if _sync_file_range(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE):
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
 
     def fsync(self, descriptor: int) -> None:
         """Make the file's bytes and length durable."""

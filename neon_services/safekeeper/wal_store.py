@@ -37,7 +37,8 @@ from neon_services.wal.scanner import WalScanner
 log = logging.getLogger(__name__)
 
 RECOVERY_CHUNK_BYTES = 1024 * 1024
-_BULK_WRITES = 128  # a segment that so few writes would fill is part of a bulk load
+EARLY_BYTES = 256 * 1024
+_BULK_WRITES = 400  # a segment that so few writes would fill is part of a bulk load (zeros ahead cost more than they save)
 _INITIALIZE_FIRST, _INITIALIZE, _TRUNCATE = (
     metrics.WAL_STORAGE_OPERATION_SECONDS.labels(operation)
     for operation in ("initialize_first_segment", "initialize_segment", "truncate_wal")
@@ -75,6 +76,8 @@ class WalStore:
         self._segment = -1
         self._can_dsync = True
         self._dirty = False  # the open segment has bytes that were written without being synced
+        #: So much of a batch is given to the disk before the rest of it was checked.
+        self.early_bytes = EARLY_BYTES
         self._plain_end = INVALID_LSN
         self._appended = 0, 0.0  # what append() did last, until account() has counted it: bytes, seconds
         self._segment_bytes = self._segment_writes = 0  # since the segment was opened
@@ -184,6 +187,8 @@ class WalStore:
         self._pending_bytes += len(data)
         self._write_lsn = Lsn(begin_lsn + len(data))
         self._write_record_lsn = self._scanner.record_end_lsn
+        if self._pending_bytes >= self.early_bytes:
+            self._write_pending(sync=False, early=True)
         return self._write_lsn
 
     def _refuse(self, begin_lsn: Lsn, error: BaseException) -> NoReturn:
@@ -252,7 +257,7 @@ class WalStore:
         if self._pending:
             self._write_pending(sync=False)
 
-    def _write_pending(self, *, sync: bool) -> None:
+    def _write_pending(self, *, sync: bool, early: bool = False) -> None:
         self._plain_end = INVALID_LSN
         views, self._pending = self._pending, []
         count, self._pending_bytes = self._pending_bytes, 0
@@ -273,6 +278,8 @@ class WalStore:
                 if not dsync:
                     self._write_part(part, offset, length, 0)
                     self._dirty = True
+                    if early and self._sync and self._descriptor is not None:
+                        self._disk.start_writing(self._descriptor, offset, length)
                 lsn += length
                 left -= length
                 self._segment_bytes += length

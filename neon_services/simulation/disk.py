@@ -116,6 +116,9 @@ class SimulatedDisk(Disk):
             self.weather.refusals += 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def start_writing(self, descriptor: int, offset: int, count: int) -> None:
+        self._before("start_writing")  # what was not synced may reach the platters, or not, in any case
+
     def pwritev(self, descriptor: int, views: Views, offset: int, flags: int) -> int:
         weather = self.weather
         if self.dead:

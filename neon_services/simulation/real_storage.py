@@ -84,6 +84,8 @@ class RealStorage:
             self._boots += 1
             bulk = self._boots % 2 == 0  # schedules have little WAL: every other process makes its segments as bulk loads do
             self.process.store.is_bulk = lambda size: bulk  # type: ignore[method-assign]
+            if self._boots % 3 == 0:  # and every third has batches that are too large to be written at once
+                self.process.store.early_bytes = 400
 
     def sync_filesystem(self) -> None:
         """First of all: what is readable counts as flushed."""

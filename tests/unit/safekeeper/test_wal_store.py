@@ -324,6 +324,7 @@ def test_a_failed_write_is_an_error_and_an_election_recovers(
 def test_a_full_disk_at_the_next_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wal = WalMaker(START, SEGMENT).until(START + 2 * SEGMENT)
     store = begin(new_store(tmp_path))
+    store.is_bulk = lambda size: False  # type: ignore[method-assign]
     append(store, wal, wal.last_record_end(START + SEGMENT // 8))
     room = False
     real = segments.SegmentDirectory._fill_with_zeros
@@ -349,7 +350,7 @@ def test_only_bulk_loads_get_segments_that_are_not_written(tmp_path: Path, prepa
     wal = WalMaker(START, SEGMENT).until(START + 3 * SEGMENT)
     store = begin(new_store(tmp_path))
     while store.write_lsn < START + SEGMENT:
-        append(store, wal, store.write_lsn + 3000)
+        append(store, wal, store.write_lsn + 2000)
     assert preparation_in_line == [False]
     while store.write_lsn < START + 2 * SEGMENT + SEGMENT // 8:
         append(store, wal, store.write_lsn + 50_000)
@@ -597,3 +598,33 @@ def test_a_crash_at_any_step_of_truncation(tmp_path: Path, monkeypatch: pytest.M
         assert stored(copy, START, other.end) == wal.slice(START, common) + bytes(other.data)
         again.close()
         shutil.rmtree(copy)
+
+
+@pytest.mark.usefixtures("without_preparation")
+def test_a_large_batch_is_written_while_it_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes to the disk in parts, of which nothing is reported before one sync has made all of them durable."""
+    wal = WalMaker(START, SEGMENT).until(START + SEGMENT + 900_000)
+    store = begin(new_store(tmp_path / "wal"))
+    calls: list[str] = []
+    for name in ("pwritev", "start_writing", "fdatasync"):
+        real = getattr(store._disk, name)
+
+        def count(*arguments: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
+            durable = " durable" if name == "pwritev" and arguments[3] else ""
+            calls.append(name + durable)
+            return real(*arguments)
+
+        monkeypatch.setattr(store._disk, name, count)
+    append(store, wal, START + 255_000, flush=False)
+    del calls[:]
+    for begin_lsn in range(store.write_lsn, START + 900_000, 100_000):
+        end = min(begin_lsn + 100_000, START + 900_000)
+        store.write(Lsn(begin_lsn), wal.slice(begin_lsn, end))
+    assert store.flush_lsn == START, "nothing was synced yet"
+    assert calls == ["pwritev", "start_writing"] * 2
+    store.flush()
+    assert calls[4:] == ["pwritev durable", "fdatasync"] or calls[4:] == ["pwritev", "fdatasync"]
+    assert store.flush_lsn == wal.last_record_end(START + 900_000)
+    append(store, wal, wal.end, chunk=70_000)
+    store.close()
+    assert stored(tmp_path / "wal", START, wal.end) == bytes(wal.data)
