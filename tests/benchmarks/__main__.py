@@ -14,6 +14,7 @@ from pathlib import Path
 
 from neon_services.ground.ids import TimelineId
 from tests.benchmarks import pgbench
+from tests.benchmarks.c_chain import CChain
 from tests.benchmarks.stock import StockServer
 from tests.benchmarks.table import row
 from tests.integration.cluster import Cluster, Compute, make_directory, running_cluster
@@ -28,13 +29,16 @@ def read_only(cluster: Cluster, compute: Compute, stock: StockServer, options: a
     row("warm read-only pgbench -S -c 4, compute / stock", f"{ratio:.2f}  ({ours:.0f} / {base:.0f} tps)", ">= 0.98")
 
 
-def read_write(cluster: Cluster, compute: Compute, stock: StockServer, options: argparse.Namespace) -> None:
-    """Commits through three safekeepers against one synchronous standby."""
+def read_write(cluster: Cluster, compute: Compute, stock: StockServer, chain: StockServer, options: argparse.Namespace) -> None:
+    """Commits through three safekeepers against one synchronous standby, and against the same processes in C."""
     for clients in (1, 16, 64):
         arguments = ["-N", "-c", str(clients), "-j", "2"]
         ratio, ours, base = pgbench.paired(cluster.major, compute.port, stock.port, arguments, options.seconds, options.pairs)
         what = f"read-write pgbench -N -c {clients}, 3 safekeepers / stock + sync standby"
         row(what, f"{ratio:.2f}  ({ours:.0f} / {base:.0f} tps)", ">= 1.0")
+        ratio, ours, base = pgbench.paired(cluster.major, compute.port, chain.port, arguments, options.seconds, options.pairs)
+        what = f"the same -c {clients} / proposer and 3 servers in C that check nothing"
+        row(what, f"{ratio:.2f}  ({ours:.0f} / {base:.0f} tps)", "(stated)")
 
 
 def warm(server: Compute | StockServer) -> None:
@@ -120,11 +124,17 @@ def main() -> int:
                 if wanted("read-only"):
                     read_only(cluster, compute, primary, options)
                 if wanted("read-write"):
+                    make_directory(base / "chain")
+                    chain = CChain(base / "chain", cluster.major)
+                    end.append(chain.destroy)
+                    chain.initialise()
+                    pgbench.load(cluster.major, chain.server.port, options.scale)
+                    chain.start()
                     standby.follow(primary)
                     standby.start()
                     end.append(standby.destroy)
                     primary.require_standby()
-                    read_write(cluster, compute, primary, options)
+                    read_write(cluster, compute, primary, chain.server, options)
             finally:
                 for action in reversed(end):
                     action()

@@ -36,6 +36,7 @@ from neon_services.protocols.safekeeper_messages import (
     parse_acceptor_message,
 )
 from neon_services.safekeeper.wal_store import WalStore
+from tests.benchmarks.c_chain import compile_c
 from tests.benchmarks.table import row
 from tests.integration.cluster import http
 from tests.integration.safekeeper_support import Node, ScriptedProposer, new_ttid, running_fleet
@@ -46,12 +47,6 @@ ONE_AT_A_TIME = (1 << 10, 8 << 10, 64 << 10, 128 << 10, 1 << 20)
 MOST_BATCHES = 2000
 IDLE_TIMELINES = 1000
 IDLE_SECONDS = 10.0
-
-
-def compile_c(name: str, program: Path) -> None:
-    """Compile one of the C programs beside this file."""
-    source = Path(__file__).with_name(f"{name}.c")
-    subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", program, source], check=True)
 
 
 class Floor:
