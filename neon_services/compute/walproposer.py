@@ -23,6 +23,7 @@ from neon_services.compute.walproposer_safekeeper import SafekeeperLink, append_
 from neon_services.consensus.proposer import MemberPhase, Proposer
 from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.lsn import Lsn, format_lsn
+from neon_services.protocols.pgframe import LARGEST_BUFFER
 from neon_services.protocols.safekeeper_messages import (
     MAX_APPEND_BYTES,
     NO_STANDBY_FEEDBACK,
@@ -31,7 +32,8 @@ from neon_services.protocols.safekeeper_messages import (
 
 log = logging.getLogger(__name__)
 
-RING_RESERVE = 2 * 1024 * 1024
+# of the ring; the half of it takes the one read that may come before reading stops
+RING_RESERVE = 2 * (LARGEST_BUFFER + 512 * 1024)
 RING_MAX = 4 * 1024 * 1024 * 1024
 LAZY_BYTES = 256 * 1024
 LAZY_MARGIN_S = 0.002  # differences below come from who had a processor
@@ -238,7 +240,7 @@ class WalProposer:
         assert ring is not None
         begin, end, lazy_slot = self._seen_lsn, ring.end, self._lazy_slot
         self._seen_lsn = end
-        is_small = end - begin <= MAX_APPEND_BYTES
+        is_small = 0 < end - begin <= MAX_APPEND_BYTES
         made, message = b"", b""
         for link in self.links:
             if is_small and link.slot != lazy_slot and link.due_now(begin):
@@ -263,7 +265,7 @@ class WalProposer:
         if postgres is None:
             return
         uncommitted = ring.end - self.core.commit_lsn
-        if uncommitted <= RING_RESERVE and not postgres.paused:
+        if uncommitted < ring.size - RING_RESERVE and not postgres.paused:
             return
         if uncommitted > ring.size - RING_RESERVE // 2:
             if not postgres.paused:

@@ -5,6 +5,7 @@ when is the caller's to know: file contents by ``fsync``, ``fdatasync`` or ``RWF
 """
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +16,7 @@ _background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk-ahead")
 
 Views = list[memoryview | bytes]
 
-_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
-_sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_libc = ctypes.CDLL(None, use_errno=True)
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -53,7 +53,10 @@ class Disk:
 
     def start_writing(self, descriptor: int, offset: int, count: int) -> None:
         """Let the device begin with written bytes while we do something else; a sync will be needed all the same."""
-        if _sync_file_range(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE):
+        call = getattr(_libc, "sync_file_range", None)
+        if call is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        if call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE):
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))
 

@@ -392,7 +392,13 @@ def framed_append(buffer: memoryview, at: int, filled: int) -> AppendRequest | N
         return None
     tag, length, kind, generation, term, begin_lsn, end_lsn, commit_lsn, truncate_lsn = _FRAMED_APPEND.unpack_from(buffer, at)
     count = end_lsn - begin_lsn
-    if tag != b"d" or kind != b"a" or length != count + _APPEND_LENGTH or count > MAX_APPEND_BYTES or data + count > filled:
+    if (
+        tag != b"d"
+        or kind != b"a"
+        or length != count + _APPEND_LENGTH
+        or not 0 <= count <= MAX_APPEND_BYTES
+        or data + count > filled
+    ):
         return None
     return AppendRequest(generation, term, begin_lsn, end_lsn, commit_lsn, truncate_lsn, buffer[data : data + count])
 

@@ -20,6 +20,7 @@ import contextlib
 import errno
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 RECOVERY_CHUNK_BYTES = 1024 * 1024
 EARLY_BYTES = 256 * 1024
+_NO_HINTS = (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL, errno.ESPIPE)
 _BULK_WRITES = 400  # a segment that so few writes would fill is part of a bulk load (zeros ahead cost more than they save)
 _INITIALIZE_FIRST, _INITIALIZE, _TRUNCATE = (
     metrics.WAL_STORAGE_OPERATION_SECONDS.labels(operation)
@@ -74,7 +76,8 @@ class WalStore:
         self._distrusts_cache = True
         self._descriptor: int | None = None
         self._segment = -1
-        self._can_dsync = True
+        self._can_dsync = True  # as far as is known
+        self._has_dsynced = False
         self._dirty = False  # the open segment has bytes that were written without being synced
         #: So much of a batch is given to the disk before the rest of it was checked.
         self.early_bytes = EARLY_BYTES
@@ -239,10 +242,12 @@ class WalStore:
         if self._pending:
             self._write_pending(sync=self._sync)
         if self._dirty and self._sync and self._descriptor is not None:
+            started = time.perf_counter()
             with self._disk_errors("syncing the log"):
                 self._fdatasync()
+            self._flushed_in(time.perf_counter() - started)
         self._flush_lsn = self._write_record_lsn
-        if self._sync and self._can_dsync and self._descriptor is not None and not self._must_truncate:
+        if self._has_dsynced and self._descriptor is not None and not self._must_truncate:
             self._plain_end = self._end_of_plain_writes()
         return self._flush_lsn
 
@@ -278,8 +283,8 @@ class WalStore:
                 if not dsync:
                     self._write_part(part, offset, length, 0)
                     self._dirty = True
-                    if early and self._sync and self._descriptor is not None:
-                        self._disk.start_writing(self._descriptor, offset, length)
+                    if early and self._sync:
+                        self._start_writing(offset, length)
                 lsn += length
                 left -= length
                 self._segment_bytes += length
@@ -291,6 +296,16 @@ class WalStore:
         except BaseException as error:
             self._give_up("writing the log", error)
         self._account(count, time.perf_counter() - started, flushed=dsync)
+
+    def _start_writing(self, offset: int, length: int) -> None:
+        """Only a hint: where it is not to be had, batches are written when they are whole."""
+        assert self._descriptor is not None
+        try:
+            self._disk.start_writing(self._descriptor, offset, length)
+        except OSError as error:
+            if error.errno not in _NO_HINTS:
+                raise
+            self.early_bytes = sys.maxsize
 
     def is_bulk(self, size: int) -> bool:
         """Whether WAL comes as in a bulk load; it only decides how the next segment is made."""
@@ -307,6 +322,7 @@ class WalStore:
         if self._can_dsync:
             try:
                 self._write_part(views, offset, length, os.RWF_DSYNC)
+                self._has_dsynced = True
                 return True
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
@@ -318,11 +334,14 @@ class WalStore:
         self.written_bytes += count
         metrics.WRITE_WAL_BYTES.observe(count)
         if flushed:
-            self.flush_seconds += seconds
-            metrics.FLUSH_WAL_SECONDS.observe(seconds)
+            self._flushed_in(seconds)
         else:
             self.write_seconds += seconds
             metrics.WRITE_WAL_SECONDS.observe(seconds)
+
+    def _flushed_in(self, seconds: float) -> None:
+        self.flush_seconds += seconds
+        metrics.FLUSH_WAL_SECONDS.observe(seconds)
 
     def _switch_segment(self, segment: int) -> None:
         self._close()
@@ -380,6 +399,7 @@ class WalStore:
 
         A failure or a crash midway leaves a valid, shorter log that accepts no writes; doing it again finishes the job.
         """
+        self._plain_end = INVALID_LSN
         if lsn > self._write_record_lsn:
             raise WalStoreError(
                 f"{self.segments.path}: cannot cut the log at {format_lsn(lsn)}: "
@@ -388,7 +408,6 @@ class WalStore:
         if not self._must_truncate and lsn == self._write_lsn == self._write_record_lsn:
             return
         self.write_out()
-        self._plain_end = INVALID_LSN
         self._must_truncate = True
         with _TRUNCATE.time(), self._disk_errors("cutting the log"):
             self._close()

@@ -15,6 +15,7 @@ from neon_services.compute.walproposer_ring import WalRing
 from neon_services.compute.walproposer_safekeeper import _Client
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols import pgclient, pgwire
+from neon_services.protocols.pgframe import LARGEST_BUFFER
 from neon_services.protocols.safekeeper_messages import (
     MAX_APPEND_BYTES,
     NO_MEMBERSHIP,
@@ -28,6 +29,7 @@ from neon_services.protocols.safekeeper_messages import (
 )
 
 START = Lsn(0x1000000)
+ONE = bytes(30_000)
 TERM = 1
 
 
@@ -83,7 +85,9 @@ class Bench:
         vote = VoteResponse(0, TERM, True, START, START, (TermLsn(0, START),))
         for slot in range(3):
             core.received(slot, vote)
-        assert core.elected
+        for slot in range(2):
+            core.append_response(slot, AppendResponse(0, TERM, START, START))
+        assert core.ready
         ring = self.proposer.ring = WalRing(8 << 20, START)
         self.proposer._announced_elected = True
         self.proposer._broadcast_armed = True  # nothing is sent by a clock
@@ -95,7 +99,8 @@ class Bench:
             if direct:
                 link._client.fast_path = link._take
             self.transports.append(connect(link._client))
-        postgres = self.proposer.postgres = PostgresLink(ring, self.proposer.on_wal, self.proposer._positions)
+        on_wal = self.proposer.on_wal if direct else self.pump_all
+        postgres = self.proposer.postgres = PostgresLink(ring, on_wal, self.proposer._positions)
         client = postgres._client = pgclient.PgClient()
         client._copy_sink, client._copy_batch_end = postgres._on_message, postgres._on_batch_end
         if direct:
@@ -103,14 +108,24 @@ class Bench:
         self.postgres = connect(client)
         self.postgres_client = client
 
+    def pump_all(self) -> None:
+        """What on_wal() means."""
+        for slot in range(3):
+            self.proposer.pump(slot)
+        self.proposer._check_room()
+
     def read(self, client: pgclient.PgClient | None, data: bytes, cut: Callable[[int], int]) -> None:
         """The bytes arrive, in reads of the sizes that ``cut`` says."""
         assert client is not None
         while data and not client.closed:
-            count = cut(len(data))
-            client.get_buffer(-1)[:count] = data[:count]
+            room = client.get_buffer(-1)
+            count = min(cut(len(data)), len(room))
+            room[:count] = data[:count]
             client.buffer_updated(count)
             data = data[count:]
+
+    def keepalive(self) -> None:
+        self.read(self.postgres_client, pgwire.copy_data(struct.pack("!cQQB", b"k", 0, 0, 0)), at_once)
 
     def wal(self, data: bytes, cut: Callable[[int], int]) -> None:
         assert self.proposer.ring is not None
@@ -154,6 +169,9 @@ async def test_the_short_ways_send_what_the_long_ways_send(seed: int) -> None:
     flushed = [START] * 3
     for _ in range(300):
         assert short.postgres_paused == long.postgres_paused
+        if rng.random() < 0.1:
+            short.keepalive()
+            long.keepalive()
         if rng.random() < 0.5 and not long.postgres_paused:
             data = rng.randbytes(rng.choice((1, 50, 400, 400, 400, 9000, MAX_APPEND_BYTES + 5)))
             cut = at_once if rng.random() < 0.8 else lambda n: rng.randint(1, n)
@@ -206,3 +224,32 @@ async def test_wal_that_leaves_a_gap_ends_the_stream() -> None:
     bench.read(bench.postgres_client, pgwire.copy_data(head + b"a" * 100), at_once)
     assert bench.postgres.aborted
     assert not bench.appends(0)
+
+
+async def test_a_keepalive_is_no_wal() -> None:
+    bench = Bench(direct=True)
+    bench.keepalive()
+    assert not bench.appends(0)
+    bench.wal(b"a" * 100, at_once)
+    assert [(a.begin_lsn, a.end_lsn) for a in bench.appends(0)] == [(START, START + 100)], "it waits for nothing"
+
+
+@pytest.mark.parametrize("read_bytes", [100_000, LARGEST_BUFFER])
+async def test_reading_stops_before_the_ring_would_come_round(read_bytes: int) -> None:
+    """Whatever is read at once, WAL that is not committed stays in the ring; and reading goes on when it is committed."""
+    bench = Bench(direct=True)
+    ring = bench.proposer.ring
+    assert ring is not None
+    for _ in range(25):  # so that reads do not fit the ring exactly
+        bench.wal(ONE, at_once)
+    while not bench.postgres_paused:
+        read = b""
+        while len(read) < read_bytes - 40_000:
+            lsn = ring.end + len(read) - len(read) // (len(ONE) + 30) * 30
+            read += pgwire.copy_data(struct.pack("!cQQq", b"w", lsn, lsn, 0) + ONE)
+        bench.read(bench.postgres_client, read, at_once)
+        await asyncio.sleep(0)
+        assert ring.end - bench.proposer.core.commit_lsn <= ring.size
+    for slot in range(2):
+        bench.answer(slot, AppendResponse(0, TERM, bench.proposer.core.members[slot].sent_lsn, START), at_once)
+    assert not bench.postgres_paused

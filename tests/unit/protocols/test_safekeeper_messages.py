@@ -149,6 +149,8 @@ def test_a_framed_append_of_another_shape_is_left_to_others(at: int) -> None:
 
 
 def test_a_framed_append_is_bounded() -> None:
+    backwards = bytearray(pgwire.copy_data(m.AppendRequest(7, 8, Lsn(110), Lsn(100), Lsn(0), Lsn(0)).pack()[:35]))
+    assert m.framed_append(memoryview(backwards + bytes(50)), 0, len(backwards) + 50) is None
     for size, taken in ((m.MAX_APPEND_BYTES, True), (m.MAX_APPEND_BYTES + 1, False)):
         append = m.AppendRequest(7, 8, Lsn(0), Lsn(size), Lsn(0), Lsn(0), bytes(size))
         framed = memoryview(pgwire.copy_data(append.pack()))

@@ -102,7 +102,8 @@ class Node:
         return parse_append_response(answer[5:])
 
     def settle(self) -> "Node":
-        """A flush: afterwards the short way is open."""
+        """As after a first flush that wrote something: the short way is open."""
+        self.store._has_dsynced = True
         self.store.flush()
         return self
 
@@ -216,6 +217,39 @@ def test_it_is_closed_unless_everything_is_settled(tmp_path: Path, why: str) -> 
     else:
         node.store.release()
     assert node.quickly(good(wal)) is None
+
+
+def test_a_commit_that_must_be_saved_goes_the_long_way(tmp_path: Path) -> None:
+    """The first time that the leader's own term is committed is remembered durably: sync-safekeepers waits for it."""
+    wal = WalMaker(START, SEGMENT).records(3, 200)
+    node = Node(tmp_path / "node").settle()
+    first, second = (Lsn(end) for end in wal.record_ends[:2])
+    assert node.quickly(AppendRequest(0, 1, START, first, START, START, wal.slice(START, first))) is not None
+    node.lead(node.connection, 2)
+    node.settle()
+    assert (node.acceptor.term_start_lsn, node.acceptor.state.commit_lsn) == (first, START)
+    append = AppendRequest(0, 2, first, second, first, START, wal.slice(first, second))
+    assert node.quickly(append) is None
+    assert node.slowly(append).commit_lsn == node.storage.control.acceptor.commit_lsn == first
+    last = AppendRequest(0, 2, second, wal.end, second, START, wal.slice(second, wal.end))
+    assert node.quickly(last) is not None
+
+
+def test_it_waits_until_a_durable_write_has_been_seen_to_work(tmp_path: Path) -> None:
+    wal = WalMaker(START, SEGMENT).records(3, 200)
+    first, second = (Lsn(end) for end in wal.record_ends[:2])
+    node = Node(tmp_path / "node")
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    node.store.flush()
+    append = AppendRequest(0, 1, START, first, START, START, wal.slice(START, first))
+    assert node.quickly(append) is None
+    node.disk.meddle = refuse
+    assert node.slowly(append).flush_lsn == first, "by write and fdatasync"
+    append = AppendRequest(0, 1, first, second, START, START, wal.slice(first, second))
+    assert node.quickly(append) is None
 
 
 def test_bytes_that_are_not_wal(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The WAL store: positions, segments, recovery, truncation, failing disks; and a crash after every single step."""
 
+import errno
 import os
 import random
 import shutil
@@ -628,3 +629,31 @@ def test_a_large_batch_is_written_while_it_is_checked(tmp_path: Path, monkeypatc
     append(store, wal, wal.end, chunk=70_000)
     store.close()
     assert stored(tmp_path / "wal", START, wal.end) == bytes(wal.data)
+
+
+@pytest.mark.usefixtures("without_preparation")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+def test_where_nothing_can_be_hinted_large_batches_are_written_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    wal = WalMaker(START, SEGMENT).until(START + 900_000)
+    store = begin(new_store(tmp_path))
+    hints: list[int] = []
+
+    def refuse(*_: Any) -> None:
+        hints.append(number)
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(store._disk, "start_writing", refuse)
+    append(store, wal, wal.end)
+    assert (store.flush_lsn, len(hints)) == (wal.end, 1)
+    assert stored(tmp_path, START, wal.end) == bytes(wal.data)
+
+
+def test_every_sync_of_a_large_batch_is_measured(tmp_path: Path) -> None:
+    wal = WalMaker(START, SEGMENT).until(START + 900_000)
+    store = begin(new_store(tmp_path))
+    before = store.flush_seconds
+    append(store, wal, wal.end)
+    assert store.flush_seconds > before
+    assert store.written_bytes == len(wal.data)

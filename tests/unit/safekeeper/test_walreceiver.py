@@ -17,7 +17,9 @@ from neon_services.protocols.safekeeper_messages import (
     ProposerGreeting,
     TermLsn,
     VoteRequest,
+    parse_append_response,
 )
+from neon_services.safekeeper import metrics
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.walreceiver import WalReceiver
@@ -27,10 +29,13 @@ from tests.unit.safekeeper.walmaker import PG_VERSION, SYSTEM_ID, WalMaker
 
 
 class Transport:
-    """Takes what is written and forgets it."""
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        self.sent = b""
 
     def write(self, data: bytes) -> None:
-        pass
+        self.sent += data
 
     def close(self) -> None:
         pass
@@ -56,7 +61,8 @@ class Proposer:
 
     def __init__(self, timelines: Timelines) -> None:
         self.connection = ServerConnection(lambda _: Handler())  # type: ignore[arg-type, return-value]
-        self.connection.connection_made(Transport())  # type: ignore[arg-type]
+        self.transport = Transport()
+        self.connection.connection_made(self.transport)  # type: ignore[arg-type]
         self.connection._untagged = False
         self.connection.admitted()
         self.receiver = WalReceiver(timelines, self.connection, TTID, allow_creation=False)
@@ -82,9 +88,9 @@ def append(wal: WalMaker, begin: int, end: int) -> bytes:
     return pgwire.copy_data(AppendRequest(0, 1, Lsn(begin), Lsn(end), START, START, wal.slice(begin, end)).pack())
 
 
-@pytest.fixture
-def timelines(tmp_path: Path) -> Iterator[Timelines]:
-    made = Timelines(tmp_path, 1, sync=False)
+@pytest.fixture(params=[False, True], ids=["unsynced", "synced"])
+def timelines(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Timelines]:
+    made = Timelines(tmp_path, 1, sync=request.param)
     yield made
     made.close()
 
@@ -132,3 +138,50 @@ async def test_what_follows_a_goodbye_spoils_nothing(timelines: Timelines, timel
     proposer.leave()
     assert timeline.store.flush_lsn == first
     assert await on_disk(timeline, first) == wal.slice(START, first)
+
+
+async def test_appends_that_fill_their_reads(timelines: Timelines, timeline: Timeline) -> None:
+    """They go the short way when they are synced; each is answered, counted, and told to readers."""
+    wal = WalMaker(START, SEGMENT).records(40)
+    proposer = Proposer(timelines)
+    changes: list[int] = []
+    timeline.on_change = lambda changed: changes.append(changed.store.flush_lsn)
+    lane = proposer.receiver._lane
+    assert lane is not None
+    taken: list[bool] = []
+    real = lane.take
+
+    def take(buffer: memoryview, filled: int) -> bytes | None:
+        answer = real(buffer, filled)
+        taken.append(answer is not None)
+        return answer
+
+    lane.take = take  # type: ignore[method-assign]
+    counted, position = metrics.PROPOSER_ACCEPTOR_MESSAGES.counts["success"], int(START)
+    proposer.transport.sent = b""
+    for end in wal.record_ends:
+        proposer.read(append(wal, position, end))
+        position = end
+    answers = [
+        parse_append_response(body).flush_lsn for _, body, _ in pgwire.split_messages(memoryview(proposer.transport.sent))
+    ]
+    assert answers == changes == wal.record_ends
+    assert metrics.PROPOSER_ACCEPTOR_MESSAGES.counts["success"] - counted == 40
+    assert timeline.store.written_bytes == len(wal.data)
+    assert taken == [False] + [timeline._sync] * 39, "the first one shows that the disk can do it"
+    assert await on_disk(timeline, wal.end) == bytes(wal.data)
+    proposer.leave()
+
+
+async def test_nothing_is_taken_when_the_disk_is_too_full(timelines: Timelines, timeline: Timeline) -> None:
+    wal = WalMaker(START, SEGMENT).records(3)
+    first, second, third = wal.record_ends
+    proposer = Proposer(timelines)
+    proposer.read(append(wal, START, first))
+    proposer.read(append(wal, first, second))
+    timeline.wal_refusal = "no room"
+    proposer.read(append(wal, second, third))
+    assert timeline.store.write_lsn == second
+    assert b"no room" in proposer.transport.sent
+    assert proposer.connection.closed
+    proposer.leave()
