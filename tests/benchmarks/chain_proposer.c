@@ -32,6 +32,7 @@
 #define FRAME_BYTES 5			/* a message's tag and length */
 #define APPEND_BYTES 45			/* an AppendRequest in front of its WAL */
 #define XLOG_DATA_BYTES 25		/* XLogData in front of its WAL */
+#define KEEPALIVE_REPLY 17		/* the byte of a keepalive that asks for an answer */
 #define ANSWER_BYTES (FRAME_BYTES + 53)
 #define STATUS_BYTES (FRAME_BYTES + 34)
 
@@ -251,6 +252,31 @@ take_wal(const char *data, size_t length)
 	}
 }
 
+/* The greatest position that two of three have. */
+static uint64_t
+committed(void)
+{
+	uint64_t	a = servers[0].flushed,
+				b = servers[1].flushed,
+				c = servers[2].flushed;
+	uint64_t	low = a < b ? a : b,
+				high = a < b ? b : a;
+
+	return c <= low ? low : c >= high ? high : c;
+}
+
+static void
+send_status(int postgres)
+{
+	char		status[STATUS_BYTES] = {'d'};
+
+	put_u32(status + 1, STATUS_BYTES - 1);
+	status[FRAME_BYTES] = 'r';
+	for (int i = 0; i < 3; i++) /* written, flushed, applied */
+		put_u64(status + FRAME_BYTES + 1 + 8 * i, committed());
+	send_all(postgres, status, sizeof(status));
+}
+
 /* What Postgres has sent; false at the end of its stream. */
 static bool
 read_postgres(int postgres)
@@ -273,6 +299,8 @@ read_postgres(int postgres)
 			return false;
 		if (buffer[at + FRAME_BYTES] == 'w')
 			take_wal(buffer + at + FRAME_BYTES + XLOG_DATA_BYTES, length - FRAME_BYTES - XLOG_DATA_BYTES);
+		else if (buffer[at + FRAME_BYTES] == 'k' && buffer[at + FRAME_BYTES + KEEPALIVE_REPLY] != 0)
+			send_status(postgres);
 		at += length;
 	}
 	filled -= at;
@@ -285,25 +313,11 @@ read_postgres(int postgres)
 	return true;
 }
 
-/* The greatest position that two of three have. */
-static uint64_t
-committed(void)
-{
-	uint64_t	a = servers[0].flushed,
-				b = servers[1].flushed,
-				c = servers[2].flushed;
-	uint64_t	low = a < b ? a : b,
-				high = a < b ? b : a;
-
-	return c <= low ? low : c >= high ? high : c;
-}
-
 static void
 read_server(Server *server, int postgres)
 {
 	static uint64_t told;
 	char		answers[ANSWER_BYTES * 64];
-	char		status[STATUS_BYTES] = {'d'};
 	ssize_t		got = recv(server->link, answers, sizeof(answers), 0);
 
 	if (got <= 0 || got % ANSWER_BYTES != 0)
@@ -316,12 +330,7 @@ read_server(Server *server, int postgres)
 	if (committed() > told)
 	{
 		told = committed();
-		put_u32(status + 1, STATUS_BYTES - 1);
-		status[5] = 'r';
-		put_u64(status + 6, told);
-		put_u64(status + 14, told);
-		put_u64(status + 22, told);
-		send_all(postgres, status, sizeof(status));
+		send_status(postgres);
 	}
 	if (server != &servers[LAZY] || end_lsn - server->sent >= LAZY_BYTES)
 		pump(server);
