@@ -143,6 +143,14 @@ class Timeline(TimelineStorage):
         return len(self.receivers)
 
     @property
+    def has_replicas(self) -> bool:
+        """Whether a reader is no pageserver, as far as is known: it waits for every commit."""
+        for sender in self.senders.values():  # noqa: SIM110 - every append asks
+            if sender.pageserver is None:
+                return True
+        return False
+
+    @property
     def standby_horizon(self) -> Lsn:
         """The lowest position replayed by a replica; 0 without replicas."""
         return standby_horizon(list(self.senders.values()))

@@ -82,7 +82,7 @@ class WalStore:
         #: So much of a batch is given to the disk before the rest of it was checked.
         self.early_bytes = EARLY_BYTES
         self._plain_end = INVALID_LSN
-        self._appended = 0, 0.0  # what append() did last, until account() has counted it: bytes, seconds
+        self._appended: list[tuple[int, float]] = []  # bytes and seconds of what append() did, until account() has counted it
         self._segment_bytes = self._segment_writes = 0  # since the segment was opened
         #: Called when a new segment was begun: the disk has less room now.
         self.on_segment: Callable[[], None] = lambda: None
@@ -226,15 +226,16 @@ class WalStore:
             self._give_up("writing the log", error)
         self._write_lsn = Lsn(end_lsn)
         self._write_record_lsn = self._flush_lsn = scanner.record_end_lsn
-        self._appended = count, time.perf_counter() - started
+        self._appended.append((count, time.perf_counter() - started))
         return self._flush_lsn
 
     def account(self) -> None:
-        """Count what append() did; later, because commits wait for append()."""
-        count, seconds = self._appended
-        self._segment_bytes += count
-        self._segment_writes += 1
-        self._account(count, seconds, flushed=True)
+        """Count what append() did; later, because commits wait for append(), and many at once, which costs less."""
+        appended, self._appended = self._appended, []
+        for count, seconds in appended:
+            self._segment_bytes += count
+            self._account(count, seconds, flushed=True)
+        self._segment_writes += len(appended)
 
     def flush(self) -> Lsn:
         """Make everything written durable; the new flush_lsn. Raises WalStoreError."""
@@ -264,6 +265,8 @@ class WalStore:
 
     def _write_pending(self, *, sync: bool, early: bool = False) -> None:
         self._plain_end = INVALID_LSN
+        if self._appended:
+            self.account()
         views, self._pending = self._pending, []
         count, self._pending_bytes = self._pending_bytes, 0
         lsn = self._write_lsn - count

@@ -39,6 +39,7 @@ from neon_services.safekeeper.timelines import TimelineNotFound, Timelines
 
 log = logging.getLogger(__name__)
 
+TELL_S = 0.003  # pageservers, manager and metrics hear so late of appends that went the short way
 _MESSAGES = metrics.PROPOSER_ACCEPTOR_MESSAGES.counts
 
 
@@ -74,7 +75,8 @@ class WalReceiver:
         self._parse, self._pack = codec
         self._state = WalReceiverState(send=connection.send_copy_data, close=self._end, pack=codec.pack)
         self._wrote = False
-        self._handled = 0  # messages of this batch
+        self._handled = 0  # messages that were not counted yet
+        self._telling: asyncio.TimerHandle | None = None
         self._clock = asyncio.get_running_loop().time
         #: When the last message came, by the event loop's clock.
         self.heard_at = self._clock()
@@ -169,11 +171,27 @@ class WalReceiver:
         return at
 
     def _taken(self, timeline: Timeline) -> None:
-        """What is left to do when the lane's answer is on its way."""
+        """The lane's answer is on its way; the rest is done for many appends at once, unless a replica waits for each."""
+        self._handled += 1
+        if timeline.has_replicas:
+            self._tell()
+        elif self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TELL_S, self._tell)
+
+    def _tell(self) -> None:
+        """Tell everybody else what the lane took."""
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        self._count_handled()
+        if self._timeline is not None:
+            self._timeline.store.account()
+            self._timeline.changed()
+
+    def _count_handled(self) -> None:
         self.heard_at = self._clock()
-        _MESSAGES["success"] += 1
-        timeline.store.account()
-        timeline.changed()
+        _MESSAGES["success"] += self._handled
+        self._handled = 0
 
     def _refusal(self, timeline: Timeline) -> str | None:
         return self._timelines.disk_refusal or timeline.wal_refusal
@@ -208,9 +226,7 @@ class WalReceiver:
 
     def _on_batch_end(self) -> None:
         timeline = self._timeline
-        self.heard_at = self._clock()
-        _MESSAGES["success"] += self._handled
-        self._handled = 0
+        self._count_handled()
         if timeline is None or not self._wrote:
             return
         self._wrote = False
@@ -224,6 +240,7 @@ class WalReceiver:
         timeline = self._timeline
         if timeline is None:
             return
+        self._tell()
         timeline.receivers.pop(self._state.conn_id, None)
         metrics.WAL_RECEIVERS.dec()
         if not timeline.cancelled:

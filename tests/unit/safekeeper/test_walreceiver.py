@@ -9,6 +9,7 @@ import pytest
 from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols import pgwire
+from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.pgserver import ServerConnection
 from neon_services.protocols.safekeeper_messages import (
     NO_MEMBERSHIP,
@@ -20,12 +21,14 @@ from neon_services.protocols.safekeeper_messages import (
     parse_append_response,
 )
 from neon_services.safekeeper import metrics
+from neon_services.safekeeper.connections import WalSenderState
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.walreceiver import WalReceiver
 from tests.unit.safekeeper.test_snapshot import SEGMENT, START
 from tests.unit.safekeeper.test_timelines import TTID
 from tests.unit.safekeeper.walmaker import PG_VERSION, SYSTEM_ID, WalMaker
+from tests.waiting import until
 
 
 class Transport:
@@ -140,10 +143,15 @@ async def test_what_follows_a_goodbye_spoils_nothing(timelines: Timelines, timel
     assert await on_disk(timeline, first) == wal.slice(START, first)
 
 
-async def test_appends_that_fill_their_reads(timelines: Timelines, timeline: Timeline) -> None:
-    """They go the short way when they are synced; each is answered, counted, and told to readers."""
+@pytest.mark.parametrize("replica", [False, True])
+async def test_appends_that_fill_their_reads(timelines: Timelines, timeline: Timeline, replica: bool) -> None:
+    """They go the short way when they are synced; each is answered and counted; a replica is told of each, others soon."""
     wal = WalMaker(START, SEGMENT).records(40)
     proposer = Proposer(timelines)
+    woken: list[int] = []
+    reader = WalSenderState(TTID, "reader", None, wake=lambda: woken.append(timeline.store.flush_lsn), close=lambda _: None)
+    reader.pageserver = None if replica else PageserverFeedback()
+    timeline.senders[reader.conn_id] = reader
     changes: list[int] = []
     timeline.on_change = lambda changed: changes.append(changed.store.flush_lsn)
     lane = proposer.receiver._lane
@@ -165,7 +173,11 @@ async def test_appends_that_fill_their_reads(timelines: Timelines, timeline: Tim
     answers = [
         parse_append_response(body).flush_lsn for _, body, _ in pgwire.split_messages(memoryview(proposer.transport.sent))
     ]
-    assert answers == changes == wal.record_ends
+    assert answers == wal.record_ends
+    if replica or not timeline._sync:
+        assert woken == wal.record_ends
+    await until(lambda: changes[-1:] == woken[-1:] == [wal.end], "everybody to be told")
+    del timeline.senders[reader.conn_id]
     assert metrics.PROPOSER_ACCEPTOR_MESSAGES.counts["success"] - counted == 40
     assert timeline.store.written_bytes == len(wal.data)
     assert taken == [False] + [timeline._sync] * 39, "the first one shows that the disk can do it"
