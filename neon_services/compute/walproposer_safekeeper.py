@@ -19,6 +19,7 @@ from neon_services.ground.lsn import Lsn, format_lsn
 from neon_services.ground.pgtime import to_postgres_us
 from neon_services.protocols import pgclient, pgwire
 from neon_services.protocols.safekeeper_messages import (
+    FRAMED_APPEND_RESPONSE,
     MAX_APPEND_BYTES,
     NO_STANDBY_FEEDBACK,
     AppendResponse,
@@ -34,8 +35,6 @@ BURST_BYTES = 1024 * 1024
 _COPY_DATA = struct.Struct("!ci")
 _XLOG_DATA = struct.Struct("!cQQq")
 _APPEND_OVERHEAD = 4 + 45
-# a CopyData message with an AppendResponse that carries no feedback of a pageserver
-_FRAMED_RESPONSE = struct.Struct("!cicIQQQqQQ")
 FIRST_PAUSE_S = 0.05
 
 
@@ -210,9 +209,9 @@ class SafekeeperLink:
 
     def _take(self, buffer: memoryview, filled: int) -> int:
         """One acknowledgement that fills the receive buffer, in few steps; _on_message takes everything else."""
-        if filled != _FRAMED_RESPONSE.size or self.member.phase is not MemberPhase.ACTIVE:
+        if filled != FRAMED_APPEND_RESPONSE.size or self.member.phase is not MemberPhase.ACTIVE:
             return 0
-        tag, length, kind, generation, term, flush_lsn, commit_lsn, *standby = _FRAMED_RESPONSE.unpack_from(buffer)
+        tag, length, kind, generation, term, flush_lsn, commit_lsn, *standby = FRAMED_APPEND_RESPONSE.unpack_from(buffer)
         if length != filled - 1 or tag != b"d" or kind != b"a":
             return 0
         feedback = HotStandbyFeedback(*standby) if any(standby) else NO_STANDBY_FEEDBACK

@@ -30,13 +30,15 @@ _VOTE_RESPONSE = struct.Struct("!cIQBQQ")
 _ELECTED = struct.Struct("!cIQQ")
 _APPEND_REQUEST = struct.Struct("!cIQQQQQ")
 _APPEND_RESPONSE = struct.Struct("!cIQQQqQQ")
-_FRAMED_APPEND = struct.Struct("!ci" + _APPEND_REQUEST.format[1:])
+#: A CopyData message (tag, length) with an AppendRequest in front of its WAL, and with an AppendResponse without feedback.
+FRAMED_APPEND_REQUEST = struct.Struct("!ci" + _APPEND_REQUEST.format[1:])
+FRAMED_APPEND_RESPONSE = struct.Struct("!ci" + _APPEND_RESPONSE.format[1:])
 
 #: Bytes of an AppendRequest in front of its WAL, and of an AppendResponse in front of its pageserver feedback.
 APPEND_REQUEST_HEADER_BYTES = _APPEND_REQUEST.size
 APPEND_RESPONSE_BYTES = _APPEND_RESPONSE.size
 #: Bytes of an AppendRequest in front of its WAL, with those of the CopyData message around it.
-FRAMED_APPEND_OVERHEAD = _FRAMED_APPEND.size
+FRAMED_APPEND_OVERHEAD = FRAMED_APPEND_REQUEST.size
 _APPEND_LENGTH = APPEND_REQUEST_HEADER_BYTES + 4  # which CopyData gives to an append without WAL
 
 
@@ -390,7 +392,8 @@ def framed_append(buffer: memoryview, at: int, filled: int) -> AppendRequest | N
     data = at + FRAMED_APPEND_OVERHEAD
     if data > filled:
         return None
-    tag, length, kind, generation, term, begin_lsn, end_lsn, commit_lsn, truncate_lsn = _FRAMED_APPEND.unpack_from(buffer, at)
+    found = FRAMED_APPEND_REQUEST.unpack_from(buffer, at)
+    tag, length, kind, generation, term, begin_lsn, end_lsn, commit_lsn, truncate_lsn = found
     count = end_lsn - begin_lsn
     if (
         tag != b"d"

@@ -5,18 +5,19 @@ Acceptor.append_request, WalStore.write and flush, and Acceptor.flush_batch do t
 exactly one append that they would take and answer, and that needs one write and nothing else, is left to them untouched.
 """
 
-import struct
-
 from neon_services.consensus.acceptor import Acceptor, ProposerConnection
 from neon_services.ground.lsn import Lsn
-from neon_services.protocols.safekeeper_messages import FRAMED_APPEND_OVERHEAD, MAX_APPEND_BYTES
+from neon_services.protocols.safekeeper_messages import (
+    FRAMED_APPEND_OVERHEAD,
+    FRAMED_APPEND_REQUEST,
+    FRAMED_APPEND_RESPONSE,
+    MAX_APPEND_BYTES,
+)
 from neon_services.safekeeper.wal_store import WalStore
 
-# a CopyData message with an AppendRequest of protocol 3, and one with an AppendResponse
-_REQUEST = struct.Struct("!cicIQQQQQ")
-_RESPONSE = struct.Struct("!cicIQQQqQQ")
-_unpack, _pack = _REQUEST.unpack_from, _RESPONSE.pack
+_unpack, _pack = FRAMED_APPEND_REQUEST.unpack_from, FRAMED_APPEND_RESPONSE.pack
 _OTHER_BYTES = FRAMED_APPEND_OVERHEAD - 1  # of a CopyData message's length, besides the WAL
+_ANSWER_LENGTH = FRAMED_APPEND_RESPONSE.size - 1
 
 
 class AppendLane:
@@ -49,5 +50,4 @@ class AppendLane:
         acceptor.appended(connection, flush_lsn, commit_lsn, truncate_lsn)
         state = acceptor.state
         flush_lsn = Lsn(max(flush_lsn, state.timeline_start_lsn))
-        answer = _RESPONSE.size - 1
-        return _pack(b"d", answer, b"a", generation, term, flush_lsn, state.commit_lsn, *acceptor.standby_feedback)
+        return _pack(b"d", _ANSWER_LENGTH, b"a", generation, term, flush_lsn, state.commit_lsn, *acceptor.standby_feedback)

@@ -36,7 +36,7 @@ class StockServer:
         """Become a synchronous standby of the primary, by pg_basebackup."""
         make_directory(self.directory)
         conninfo = f"host=127.0.0.1 port={primary.port} user=cloud_admin application_name=standby"
-        self._run(str(self.bin / "pg_basebackup"), "-D", str(self.data), "-d", conninfo, "-R", "-X", "stream")
+        self._run(str(self.bin / "pg_basebackup"), "-D", str(self.data), "-d", conninfo, "-R", "-X", "stream", "-c", "fast")
         self._configure()
 
     def _configure(self, *lines: str) -> None:
