@@ -33,6 +33,14 @@ class HotHistogram(Collector):
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def observe_all(self, values: Sequence[float]) -> None:
+        """Count many values."""
+        bounds, counts, total = self._bounds, self._counts, self._sum
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+            total += value
+        self._sum = total
+
     def describe(self) -> Iterable[HistogramMetricFamily]:
         """The name, by which the registry notices that it is taken."""
         return [HistogramMetricFamily(self._name, self._documentation)]

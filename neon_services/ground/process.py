@@ -88,15 +88,19 @@ async def wait_for_stop_signal() -> signal.Signals:
     return await stop
 
 
-def run_service(main: Callable[[], Awaitable[int | None]]) -> int:
-    """Run a service's coroutine on uvloop; turn errors of the operator and of the world into one line and an exit code.
+def run_service(
+    main: Callable[[], Awaitable[int | None]], make_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+) -> int:
+    """Run a service's coroutine on uvloop, or on another event loop; turn errors of the operator and of the world into one line
+    and an exit code.
 
     Exit codes: what the coroutine returns (None is 0), 2 for ConfigError, 1 for any other error of ours or the system's.
     """
     import uvloop
 
     try:
-        return uvloop.run(main()) or 0  # type: ignore[arg-type]
+        with asyncio.Runner(loop_factory=make_loop or uvloop.new_event_loop) as runner:
+            return runner.run(main()) or 0  # type: ignore[arg-type]
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -33,7 +33,10 @@ class FrameConnection(asyncio.BufferedProtocol):
         #: Is given the receive buffer and the length of what is in it, before it is split into messages: it may take whole
         #: messages from the beginning and says how many bytes that was. What it does not understand it leaves.
         self.fast_path: Callable[[memoryview, int], int] | None = None
+        #: Is told, when bytes came, whether no part of a message is left, so that a lane may take over from here.
+        self.on_idle: Callable[[bool], None] | None = None
         self._filled = 0
+        self._feeding = False
         self._was_full = False  # more could have been read at once: larger batches cost less
         self._untagged = False  # a server's first packet has no tag
         self._unread = 0  # bytes that came behind the untagged packet
@@ -105,8 +108,32 @@ class FrameConnection(asyncio.BufferedProtocol):
                 raise
             if taken == filled or self.closed:
                 self._filled = 0
+                self._tell_idle()
                 return
         self._split(taken)
+        self._tell_idle()
+
+    def feed(self, data: memoryview) -> None:
+        """Take bytes that somebody else has received, and counted, on this connection."""
+        self._feeding = True
+        try:
+            while data and not self.closed:
+                room = self.get_buffer(-1)
+                count = min(len(room), len(data))
+                room[:count] = data[:count]
+                self.received_bytes -= count
+                self.buffer_updated(count)
+                data = data[count:]
+        except BaseException:
+            self.abort()  # as the event loop does: what was handed out must not be overwritten by the next read
+            raise
+        finally:
+            self._feeding = False
+        self._tell_idle()
+
+    def _tell_idle(self) -> None:
+        if self.on_idle is not None and not self._feeding:
+            self.on_idle(self.idle)
 
     def _split(self, taken: int) -> None:
         """Hand on the messages in the buffer, of whose bytes ``taken`` have been seen to, and keep the rest."""
@@ -155,6 +182,11 @@ class FrameConnection(asyncio.BufferedProtocol):
             self._filled = left
             view.release()
 
+    @property
+    def idle(self) -> bool:
+        """Whether the connection is open, no part of a message is in the receive buffer, and none waits to be taken."""
+        return not self._filled and not self._queue and not self.closed
+
     def pause_writing(self) -> None:
         self._writable.clear()
 
@@ -192,7 +224,8 @@ class FrameConnection(asyncio.BufferedProtocol):
         """Close after sending what is queued."""
         if self.transport is not None and not self.closed:
             self.closed = True
-            self.transport.close()
+            if not self.transport.is_closing():  # asyncio's TLS transport breaks when it is closed twice
+                self.transport.close()
 
     def abort(self) -> None:
         """Close at once and drop what is queued."""

@@ -238,7 +238,7 @@ class ServerConnection(FrameConnection):
             self.write(pgwire.error_response(str(error)))
         finally:
             self._in_query = False
-        self.copy_sink = self.copy_batch_end = self.fast_path = None
+        self.copy_sink = self.copy_batch_end = self.fast_path = self.on_idle = None
         self.write(pgwire.READY_FOR_QUERY)
 
     # -- answers

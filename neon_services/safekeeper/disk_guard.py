@@ -133,6 +133,9 @@ class DiskGuard:
         sizes = (timeline.segment_size for timeline in self._timelines.all())
         refusal = self._above_ratio or refusal_below_floor(space, floor_bytes(sizes, refusing=before is not None))
         self._timelines.disk_refusal = refusal
+        if refusal is not None:
+            for timeline in self._timelines.all():
+                timeline.store.recall()
         metrics.WAL_REFUSED.set(refusal is not None)
         if refusal is not None and before is None:
             log.error("WAL is refused from now on: %s", refusal)

@@ -21,6 +21,7 @@ from neon_services.ground.net import parse_endpoint, parse_host_port
 from neon_services.ground.process import PidFile, configure_logging, notify_systemd, run_service, wait_for_stop_signal
 from neon_services.ground.remote_storage import parse_remote_storage_option
 from neon_services.ground.units import parse_duration_ms
+from neon_services.protocols.lanes import make_event_loop
 from neon_services.safekeeper.access import add_access_options, read_access
 from neon_services.safekeeper.config import OffloadConfig, SafekeeperConfig
 from neon_services.safekeeper.control_file import ControlFile
@@ -241,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     configure_logging(arguments.log_format)
     prometheus_client.disable_created_metrics()
     servers: list[SafekeeperServer] = []
-    code = run_service(lambda: _serve(arguments, servers))
+    code = run_service(lambda: _serve(arguments, servers), make_event_loop)
     if any(server.has_unfinished_requests for server in servers):
         # everything is saved; a request to an object store that hangs must not delay the end (and the restart) for minutes
         logging.shutdown()

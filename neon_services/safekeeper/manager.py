@@ -127,6 +127,8 @@ class Manager:
             self._offload.tend(timeline)
             self._remove_wal(timeline, self._offload)
         timeline.wal_refusal = refusal_of_timeline(timeline.disk_usage_bytes, self._max_timeline_disk_usage_bytes)
+        if timeline.wal_refusal is not None:
+            timeline.store.recall()
 
     def _remove_wal(self, timeline: Timeline, offload: Offload) -> None:
         horizon = removal_horizon(timeline, walsenders_keep_horizon=self._walsenders_keep_horizon)

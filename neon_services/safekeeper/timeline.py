@@ -1,7 +1,8 @@
 """One timeline on this safekeeper: the acceptor, its log and control file, and everybody who is connected to it.
 
 Invariant: acceptor, log and control file change only inside ``run``, which carries out the effects of one method at a time,
-synchronously, on the event loop: so no lock is needed, and whoever is told of a change sees all of it.
+synchronously, on the event loop: so no lock is needed, and whoever is told of a change sees all of it. While the loop waits, a
+proposer's lane may move the log's end (append_lane.py); ``run`` recalls it first.
 """
 
 import asyncio
@@ -101,6 +102,7 @@ class Timeline(TimelineStorage):
         """Run one method of the acceptor and tell everybody who waits. Raises what the method or an effect raises."""
         if self.cancelled:
             raise Cancelled(f"timeline {self.ttid} is being deleted or shut down")
+        self.store.recall()
         try:
             return run(steps, self.perform)
         finally:
@@ -110,6 +112,7 @@ class Timeline(TimelineStorage):
         """``run`` for an append, which nobody can see before it is flushed: there is nothing to tell anybody."""
         if self.cancelled:
             raise Cancelled(f"timeline {self.ttid} is being deleted or shut down")
+        self.store.recall()
         return run(self.acceptor.append_request(connection, message), self.perform)
 
     def flush(self, connection: ProposerConnection, answer: Callable[[AcceptorMessage], None]) -> None:
@@ -119,6 +122,7 @@ class Timeline(TimelineStorage):
         """
         if self.cancelled:
             raise Cancelled(f"timeline {self.ttid} is being deleted or shut down")
+        self.store.recall()
         try:
             for reply in run(self.acceptor.flush_batch(connection), self.perform):
                 answer(reply)
@@ -268,6 +272,7 @@ class Timeline(TimelineStorage):
 
     def standby_feedback_changed(self) -> None:
         """A replica reported or left: what all of them need goes into the next answer to the compute."""
+        self.store.recall()  # a lane has the former one in its answers
         self.acceptor.standby_feedback = aggregate_standby_feedback(list(self.senders.values()))
 
     def record_peer(self, peer: Peer) -> None:
@@ -304,6 +309,7 @@ class Timeline(TimelineStorage):
             except NeonError as error:
                 failure = error
         self.cancelled = True
+        self.store.recall()
         for receiver in list(self.receivers.values()):
             receiver.close(reason)
         for sender in list(self.senders.values()):

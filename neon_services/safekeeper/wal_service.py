@@ -107,9 +107,9 @@ class WalServiceHandler:
 
     def connection_lost(self) -> None:
         """Flush what a proposer wrote."""
-        TRAFFIC.end(self._connection)
         if self._receiver is not None:
             self._receiver.close()
+        TRAFFIC.end(self._connection)
 
     # -- commands
 
@@ -120,6 +120,7 @@ class WalServiceHandler:
         self._receiver = receiver
         timeline = self._timelines.find(self._ttid())
         async with contextlib.AsyncExitStack() as needs:
+            needs.callback(receiver.close)  # also when the connection goes on with another command
             if timeline is not None:
                 await needs.enter_async_context(timeline.residence())
             await self._follow_proposer(receiver)

@@ -11,9 +11,10 @@ Invariants:
    that recover() finds, and the zeros of the first truncate() after boot or a failure, are written anew and synced.
 
 Hot path: ``write`` only remembers views of the receive buffer, and ``flush`` hands all of them to one
-``pwritev(RWF_DSYNC)``. Whoever calls write() must call flush() or write_out() before the views become invalid. ``append`` is
-both for one piece, in few steps, below ``_plain_end`` only: up to there nothing but that one write is needed. Every other
-operation begins with ``_plain_end`` = 0, and a flush that went well sets it anew.
+``pwritev(RWF_DSYNC)``. Whoever calls write() must call flush() or write_out() before the views become invalid. Up to
+``_plain_end`` nothing but such a write is needed, and the end of the log may be lent to a lane, which does it (append_lane.py)
+and tells by ``appended``. Every other operation begins with ``_shut``: ``_plain_end`` is 0 then, and the lane recalled; a flush
+that went well sets it anew.
 """
 
 import contextlib
@@ -22,9 +23,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from neon_services.ground.disk import REAL_DISK, Disk, write_all
 from neon_services.ground.errors import NeonError, ProtocolViolation
@@ -32,7 +33,7 @@ from neon_services.ground.lsn import INVALID_LSN, Lsn, format_lsn
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.segments import SegmentDirectory
 from neon_services.safekeeper.wal_pieces import first_page_headers, split
-from neon_services.wal.records import WalDecodeError
+from neon_services.wal.records import STOP_INVALID, WalDecodeError
 from neon_services.wal.scanner import WalScanner
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,15 @@ _INITIALIZE_FIRST, _INITIALIZE, _TRUNCATE = (
     metrics.WAL_STORAGE_OPERATION_SECONDS.labels(operation)
     for operation in ("initialize_first_segment", "initialize_segment", "truncate_wal")
 )
+
+
+class PlainWrites(NamedTuple):
+    """The end of the log, lent: what is written there needs one durable write and nothing else."""
+
+    scanner: int  # the C structure
+    descriptor: int
+    segment_lsn: Lsn
+    end: Lsn
 
 
 class WalStoreError(NeonError):
@@ -63,7 +73,7 @@ class WalStore:
         disk: Disk = REAL_DISK,
     ) -> None:
         self.segments = SegmentDirectory(directory, segment_size, sync=sync, disk=disk)
-        self._disk = disk
+        self.disk = disk
         self._segment_size = segment_size
         self._sync = sync
         self._write_lsn = INVALID_LSN
@@ -82,7 +92,8 @@ class WalStore:
         #: So much of a batch is given to the disk before the rest of it was checked.
         self.early_bytes = EARLY_BYTES
         self._plain_end = INVALID_LSN
-        self._appended: list[tuple[int, float]] = []  # bytes and seconds of what append() did, until account() has counted it
+        #: Takes the end of the log back from who writes it elsewhere.
+        self.recall: Callable[[], None] = lambda: None
         self._segment_bytes = self._segment_writes = 0  # since the segment was opened
         #: Called when a new segment was begun: the disk has less room now.
         self.on_segment: Callable[[], None] = lambda: None
@@ -136,14 +147,14 @@ class WalStore:
 
     def _stored_bytes(self, lsn: int) -> Iterator[bytes]:
         while (path := self.segments.find(lsn // self._segment_size)) is not None:
-            descriptor = self._disk.open(path, os.O_RDONLY)
+            descriptor = self.disk.open(path, os.O_RDONLY)
             try:
                 begin, offset = lsn, lsn % self._segment_size
-                while chunk := self._disk.pread(descriptor, RECOVERY_CHUNK_BYTES, lsn - begin + offset):
+                while chunk := self.disk.pread(descriptor, RECOVERY_CHUNK_BYTES, lsn - begin + offset):
                     lsn += len(chunk)
                     yield chunk
             finally:
-                self._disk.close(descriptor)
+                self.disk.close(descriptor)
             if lsn % self._segment_size:
                 return
 
@@ -170,14 +181,14 @@ class WalStore:
         if descriptor is None:
             descriptor = self._descriptor = self.segments.create(segment)
             for start, header in first_page_headers(lsn, self._segment_size, pg_version, system_id):
-                write_all(self._disk, descriptor, [header], start % self._segment_size, 0)
+                write_all(self.disk, descriptor, [header], start % self._segment_size, 0)
         self._descriptor, self._segment, self._dirty = descriptor, segment, True
 
     # -- appending
 
     def write(self, begin_lsn: Lsn, data: memoryview | bytes) -> Lsn:
         """Append bytes; the new write_lsn. Raises WalStoreError, or ProtocolViolation when they are not valid WAL."""
-        self._plain_end = INVALID_LSN
+        self._shut()
         if self._must_truncate or self._scanner is None:
             raise WalStoreError("the log accepts no WAL before an election has settled where it ends")
         if begin_lsn != self._write_lsn:
@@ -196,50 +207,48 @@ class WalStore:
 
     def _refuse(self, begin_lsn: Lsn, error: BaseException) -> NoReturn:
         """The scanner failed; where it stands is not known then."""
-        self._plain_end = INVALID_LSN
+        self._shut()
         self._must_truncate = True
         if not isinstance(error, WalDecodeError):
             raise error
         raise ProtocolViolation(f"the proposer sent bytes at {format_lsn(begin_lsn)} that are not WAL: {error}") from error
 
-    def append(self, begin_lsn: Lsn, data: memoryview, count: int) -> Lsn | None:
-        """write() and flush() of these ``count`` bytes; the new flush_lsn. None, and nothing done, when it takes the two.
+    def _shut(self) -> None:
+        self._plain_end = INVALID_LSN
+        self.recall()
 
-        Raises what they raise. account() is owed afterwards.
+    def plain_writes(self) -> PlainWrites | None:
+        """What a lane needs to write the log's end; None while writing takes more than that, or somebody else writes.
+
+        Whoever gets it sets ``recall`` and tells what it did by appended(), or how it failed, before anything else is called.
         """
-        end_lsn = begin_lsn + count
-        if end_lsn > self._plain_end or begin_lsn != self._write_lsn:
-            return None
         scanner, descriptor = self._scanner, self._descriptor
-        assert scanner is not None
-        assert descriptor is not None
-        try:
-            scanner.feed(data)
-        except BaseException as error:
-            self._refuse(begin_lsn, error)
-        offset = begin_lsn % self._segment_size
-        started = time.perf_counter()
-        try:
-            if self._disk.pwritev(descriptor, [data], offset, os.RWF_DSYNC) != count:
-                write_all(self._disk, descriptor, [data], offset, os.RWF_DSYNC)  # once more, from the beginning
-        except BaseException as error:
-            self._give_up("writing the log", error)
-        self._write_lsn = Lsn(end_lsn)
-        self._write_record_lsn = self._flush_lsn = scanner.record_end_lsn
-        self._appended.append((count, time.perf_counter() - started))
-        return self._flush_lsn
+        if self._plain_end <= self._write_lsn or scanner is None or scanner.handle is None or descriptor is None:
+            return None
+        return PlainWrites(scanner.handle, descriptor, Lsn(self._segment * self._segment_size), self._plain_end)
 
-    def account(self) -> None:
-        """Count what append() did; later, because commits wait for append(), and many at once, which costs less."""
-        appended, self._appended = self._appended, []
-        for count, seconds in appended:
-            self._segment_bytes += count
-            self._account(count, seconds, flushed=True)
-        self._segment_writes += len(appended)
+    def appended(self, write_lsn: Lsn, flush_lsn: Lsn, sizes: Sequence[int], seconds: Sequence[float]) -> None:
+        """A lane has written durably up to ``write_lsn``; bytes and seconds of each write."""
+        count = write_lsn - self._write_lsn
+        self._write_lsn = write_lsn
+        self._write_record_lsn = self._flush_lsn = flush_lsn
+        self._segment_bytes += count
+        self._segment_writes += len(sizes)
+        self.written_bytes += count
+        self.flush_seconds += sum(seconds)
+        metrics.WRITE_WAL_BYTES.observe_all(sizes)
+        metrics.FLUSH_WAL_SECONDS.observe_all(seconds)
+
+    def append_failed(self, error: BaseException | None) -> NoReturn:
+        """A lane could not write, or (None) was given what is not WAL. Raises what write() and flush() do then."""
+        if error is not None:
+            self._give_up("writing the log", error)
+        assert self._scanner is not None
+        self._refuse(self._write_lsn, WalDecodeError(self._scanner.error, STOP_INVALID))
 
     def flush(self) -> Lsn:
         """Make everything written durable; the new flush_lsn. Raises WalStoreError."""
-        self._plain_end = INVALID_LSN
+        self._shut()
         if self._pending:
             self._write_pending(sync=self._sync)
         if self._dirty and self._sync and self._descriptor is not None:
@@ -264,9 +273,7 @@ class WalStore:
             self._write_pending(sync=False)
 
     def _write_pending(self, *, sync: bool, early: bool = False) -> None:
-        self._plain_end = INVALID_LSN
-        if self._appended:
-            self.account()
+        self._shut()
         views, self._pending = self._pending, []
         count, self._pending_bytes = self._pending_bytes, 0
         lsn = self._write_lsn - count
@@ -304,7 +311,7 @@ class WalStore:
         """Only a hint: where it is not to be had, batches are written when they are whole."""
         assert self._descriptor is not None
         try:
-            self._disk.start_writing(self._descriptor, offset, length)
+            self.disk.start_writing(self._descriptor, offset, length)
         except OSError as error:
             if error.errno not in _NO_HINTS:
                 raise
@@ -317,8 +324,8 @@ class WalStore:
 
     def _write_part(self, views: list[memoryview | bytes], offset: int, length: int, flags: int) -> None:
         assert self._descriptor is not None
-        if len(views) > 1000 or self._disk.pwritev(self._descriptor, views, offset, flags) != length:
-            write_all(self._disk, self._descriptor, views, offset, flags)  # once more, from the beginning
+        if len(views) > 1000 or self.disk.pwritev(self._descriptor, views, offset, flags) != length:
+            write_all(self.disk, self._descriptor, views, offset, flags)  # once more, from the beginning
 
     def _write_durably(self, views: list[memoryview | bytes], offset: int, length: int) -> bool:
         """One write that is also the sync; False on a file system that cannot do that."""
@@ -361,16 +368,16 @@ class WalStore:
 
     def _fdatasync(self) -> None:
         assert self._descriptor is not None
-        self._disk.fdatasync(self._descriptor)
+        self.disk.fdatasync(self._descriptor)
         self._dirty = False
 
     def _close(self) -> None:
-        self._plain_end = INVALID_LSN
+        self._shut()
         descriptor, self._descriptor = self._descriptor, None  # even one that could not be closed is gone
         self._segment, self._dirty = -1, False
         self._segment_bytes = self._segment_writes = 0
         if descriptor is not None:
-            self._disk.close(descriptor)
+            self.disk.close(descriptor)
 
     @contextlib.contextmanager
     def _disk_errors(self, what: str) -> Iterator[None]:
@@ -384,7 +391,7 @@ class WalStore:
 
         Also after what nobody foresaw: the bytes are not there, and no flush may say they are.
         """
-        self._plain_end = INVALID_LSN
+        self._shut()
         self._must_truncate = self._distrusts_cache = True
         self._pending.clear()
         self._pending_bytes = 0
@@ -402,7 +409,7 @@ class WalStore:
 
         A failure or a crash midway leaves a valid, shorter log that accepts no writes; doing it again finishes the job.
         """
-        self._plain_end = INVALID_LSN
+        self._shut()
         if lsn > self._write_record_lsn:
             raise WalStoreError(
                 f"{self.segments.path}: cannot cut the log at {format_lsn(lsn)}: "

@@ -2,8 +2,8 @@
 
 Hot path: every message is handled synchronously as a view of the receive buffer, and after the last whole message of a read
 one flush makes all of them durable and one AppendResponse answers them. While the disk works, the socket collects the next
-batch. A commit waits for every step here, so appends are taken from the buffer directly (``_take``), and one that fills it goes
-the short way (append_lane.py); what nobody waits for comes after the answer.
+batch. A commit waits for every step here, so while nothing but plain appends comes a lane takes them, without a step of Python
+(append_lane.py), and others are taken from the buffer directly (``_take``); what nobody waits for comes after the answer.
 
 Invariant: what was written is in the kernel before the receive buffer is reused, and flushed when the proposer goes.
 """
@@ -31,7 +31,7 @@ from neon_services.protocols.safekeeper_messages import (
     parse_proposer_message,
 )
 from neon_services.safekeeper import metrics
-from neon_services.safekeeper.append_lane import AppendLane
+from neon_services.safekeeper.append_lane import TELL_NOBODY_S, TELL_S, AppendLane, append_lane
 from neon_services.safekeeper.connections import WalReceiverState
 from neon_services.safekeeper.disk_guard import DiskLimitReached
 from neon_services.safekeeper.timeline import Timeline
@@ -39,7 +39,6 @@ from neon_services.safekeeper.timelines import TimelineNotFound, Timelines
 
 log = logging.getLogger(__name__)
 
-TELL_S = 0.003  # pageservers, manager and metrics hear so late of appends that went the short way
 _MESSAGES = metrics.PROPOSER_ACCEPTOR_MESSAGES.counts
 
 
@@ -149,14 +148,16 @@ class WalReceiver:
         Everything else, and every refusal of WAL, is left to _on_message, which does the same to an append, in more steps.
         """
         timeline, lane = self._timeline, self._lane
-        if timeline is None or lane is None or timeline.cancelled or self._refusal(timeline) is not None:
+        if timeline is None or timeline.cancelled or self._refusal(timeline) is not None:
             return 0
         at, proposer = 0, self._state.proposer
         try:
-            if (answer := lane.take(buffer, filled)) is not None:
-                self._connection.write(answer)  # first of all: commits wait for it
-                self._taken(timeline)
-                return filled
+            if lane is not None and not lane.attached:
+                at, answer = lane.take(buffer, filled)
+                if at:
+                    self._connection.write(answer)  # first of all: commits wait for it
+                    self._tell_soon(timeline)
+                    return at
             while (message := framed_append(buffer, at, filled)) is not None:
                 at += FRAMED_APPEND_OVERHEAD + len(message.wal_data)
                 self._wrote = True
@@ -170,13 +171,23 @@ class WalReceiver:
             self._on_batch_end()
         return at
 
-    def _taken(self, timeline: Timeline) -> None:
-        """The lane's answer is on its way; the rest is done for many appends at once, unless a replica waits for each."""
-        self._handled += 1
+    def _taken(self, count: int) -> None:
+        """The lane took appends."""
+        self._handled += count
+
+    def _tell_s(self, timeline: Timeline) -> float:
+        """How soon others want to hear of an append."""
         if timeline.has_replicas:
+            return 0.0
+        return TELL_S if timeline.senders else TELL_NOBODY_S
+
+    def _tell_soon(self, timeline: Timeline) -> None:
+        """Where the event loop runs no lanes."""
+        delay_s = self._tell_s(timeline)
+        if not delay_s:
             self._tell()
         elif self._telling is None:
-            self._telling = asyncio.get_running_loop().call_later(TELL_S, self._tell)
+            self._telling = asyncio.get_running_loop().call_later(delay_s, self._tell)
 
     def _tell(self) -> None:
         """Tell everybody else what the lane took."""
@@ -185,8 +196,17 @@ class WalReceiver:
             self._telling = None
         self._count_handled()
         if self._timeline is not None:
-            self._timeline.store.account()
             self._timeline.changed()
+
+    def _lend(self, idle: bool) -> None:
+        """When nothing but a next message can come now, the lane may take it."""
+        timeline, lane = self._timeline, self._lane
+        if timeline is None or lane is None or not lane.attached:
+            return
+        if idle and not timeline.cancelled:
+            lane.lend()
+        else:
+            lane.shut()
 
     def _count_handled(self) -> None:
         self.heard_at = self._clock()
@@ -218,11 +238,24 @@ class WalReceiver:
         self._timeline = timeline
         timeline.receivers[self._state.conn_id] = self._state
         if self._parse is V3.parse:
-            self._lane = AppendLane(timeline.acceptor, timeline.store, self._state.proposer)
-            self._connection.fast_path = self._take
+            self._open_lane(timeline)
         metrics.WAL_RECEIVERS.inc()
         timeline.on_change(timeline)
         return timeline
+
+    def _open_lane(self, timeline: Timeline) -> None:
+        lane = self._lane = append_lane(
+            timeline.acceptor,
+            timeline.store,
+            self._state.proposer,
+            refused=lambda: self._refusal(timeline) is not None,
+            tell_s=lambda: self._tell_s(timeline),
+        )
+        self._connection.fast_path = self._take
+        if lane is not None:
+            lane.on_taken, lane.on_due, lane.on_failed = self._taken, self._tell, self._fail
+            lane.attach(self._connection)
+            self._connection.on_idle = self._lend
 
     def _on_batch_end(self) -> None:
         timeline = self._timeline
@@ -236,11 +269,14 @@ class WalReceiver:
             self._fail(error)
 
     def close(self) -> None:
-        """The connection is gone: keep what it wrote."""
-        timeline = self._timeline
+        """The connection is gone, or has ended its COPY: keep what it wrote. May be called again."""
+        if self._lane is not None:
+            self._lane.detach()
+            self._lane = self._connection.on_idle = None
+        self._tell()
+        timeline, self._timeline = self._timeline, None
         if timeline is None:
             return
-        self._tell()
         timeline.receivers.pop(self._state.conn_id, None)
         metrics.WAL_RECEIVERS.dec()
         if not timeline.cancelled:

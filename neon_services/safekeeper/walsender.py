@@ -78,6 +78,7 @@ class WalSender:
         gauge = metrics.WAL_READERS.labels("future", target if target in _TARGETS else "unknown")
         gauge.inc()
         timeline.senders[self._state.conn_id] = self._state
+        timeline.store.recall()  # a lane tells it of WAL from now on
         self._connection.copy_sink = self._on_message
         self._connection.begin_copy_both()
         ended = asyncio.create_task(self._watch_end())

@@ -24,6 +24,7 @@ from neon_services.protocols.safekeeper_messages import (
     VoteResponse,
     parse_append_response,
 )
+from neon_services.safekeeper.append_lane import AppendLane
 from neon_services.safekeeper.manager import must_save
 from neon_services.safekeeper.wal_store import WalStoreError
 from neon_services.simulation.disk import PowerLost, SimulatedDisk
@@ -59,6 +60,7 @@ class SimulatedSafekeeper:
         self.boots = 0
         self.sessions: dict[Connection, ProposerConnection] = {}
         self.flush_due: set[Connection] = set()
+        self.lanes: dict[Connection, AppendLane] = {}
         #: What was spoken and must stay true.
         self.promised_term = self.promised_generation = 0
         self.acknowledged_term, self.acknowledged_lsn = -1, INVALID_LSN
@@ -119,6 +121,7 @@ class SimulatedSafekeeper:
     def _open(self) -> None:
         """The timeline was loaded."""
         world = self.world
+        self.lanes.clear()
         self.acceptor = world.kinds.acceptor(self.node_id, world.ttid, self.storage.state, self.storage.wal)
         self.seen_term = self.seen_commit = 0
         self.seen_flush = -1
@@ -149,6 +152,7 @@ class SimulatedSafekeeper:
             connection.close_by_safekeeper()
         self.sessions.clear()
         self.flush_due.clear()
+        self.lanes.clear()
 
     def _later(self, disk: SimulatedDisk, work: Any) -> None:
         """Work ahead of the storage, on its other thread."""
@@ -171,6 +175,7 @@ class SimulatedSafekeeper:
         """A connection ended: what came over it is flushed."""
         session = self.sessions.pop(connection, None)
         self.flush_due.discard(connection)
+        self.lanes.pop(connection, None)
         if session is not None and self.up:
             self._attempt(self.acceptor.flush_on_disconnect(session))
 
@@ -201,13 +206,15 @@ class SimulatedSafekeeper:
             world.after(world.soon_us(4000), self._flush, connection)
 
     def _take(self, connection: Connection, session: ProposerConnection, append: AppendRequest) -> bool:
-        """Offer every other append to the short way, as the bytes that come through a socket. True when it is dealt with."""
+        """Offer every other append to the lane, as the bytes that come through a socket. True when it is dealt with."""
         world = self.world
         if not isinstance(self.storage, RealStorage) or connection in self.flush_due or world.random.random() < 0.5:
             return False
         received = memoryview(bytearray(copy_data(append.pack())))
         try:
-            answer = world.kinds.lane(self.acceptor, self.storage.wal, session).take(received, len(received))
+            if connection not in self.lanes:
+                self.lanes[connection] = world.kinds.lane(self.acceptor, self.storage.wal, session)
+            _, answer = self.lanes[connection].take(received, len(received))
         except PowerLost as lost:
             self._fell("goes down in an append", power=lost.power)
             return True
@@ -216,9 +223,8 @@ class SimulatedSafekeeper:
             connection.close_by_safekeeper()
             self.closed(connection)
             return True
-        if answer is None:
+        if not answer:
             return False
-        self.storage.wal.account()
         world.stats.short_ways += 1
         world.checker.acceptor(self)
         reply = parse_append_response(answer[5:])
@@ -375,8 +381,14 @@ class SimulatedSafekeeper:
             return None
         return result if result is not None or not self.up else True
 
+    def _recall(self) -> None:
+        """As Timeline.run: what is lent to a lane is about to change."""
+        if isinstance(self.storage, RealStorage):
+            self.storage.wal.recall()
+
     def _run(self, steps: Generator[Effect, Any, Any]) -> Any:
         """Carry out one method; None when the node crashed meanwhile."""
+        self._recall()
         try:
             result = self._carry_out(steps)
         except Crashed:

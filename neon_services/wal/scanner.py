@@ -54,6 +54,16 @@ class _CompiledScanner:
             raise WalDecodeError(text, status)
 
     @property
+    def handle(self) -> int | None:
+        """The C structure, for C code that feeds it."""
+        return self._handle
+
+    @property
+    def error(self) -> str:
+        """Why the last chunk was refused."""
+        return self._library.walscan_error(self._handle).decode()
+
+    @property
     def position(self) -> Lsn:
         return Lsn(self._positions[0])
 
@@ -92,6 +102,16 @@ class WalScanner:
         self._scanner = _new_scanner(start_lsn, segment_size)
         self.feed: Callable[[bytes | bytearray | memoryview], None] = self._scanner.feed
         """Consume all of the chunk. Raises WalDecodeError (it names the LSN) on anything that is not valid WAL."""
+
+    @property
+    def handle(self) -> int | None:
+        """The C scanner, for C code that feeds it while Python waits; None when Python scans."""
+        return getattr(self._scanner, "handle", None)
+
+    @property
+    def error(self) -> str:
+        """What C code that fed it was told by it."""
+        return str(self._scanner.error)
 
     @property
     def position(self) -> Lsn:

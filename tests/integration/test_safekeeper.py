@@ -7,6 +7,7 @@ import pytest
 
 from neon_services.ground.lsn import WAL_SEGMENT_SIZE, Lsn, format_lsn
 from neon_services.protocols import broker_messages as bm
+from neon_services.protocols import pgwire
 from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.pgwire import ServerError
 from neon_services.protocols.replication_stream import (
@@ -272,3 +273,25 @@ async def test_without_permission_to_create_the_connection_is_closed_silently(fl
     client.send_copy_data(ProposerGreeting(ttid, MembershipConfiguration(), PG_VERSION, 0, WAL_SEGMENT_SIZE).pack())
     assert await dead(client) == ""
     assert error_of("GET", fleet.nodes[0].timeline_url(ttid))[0] == 404
+
+
+async def test_a_proposer_that_ends_its_copy_with_a_failure_leaves_nothing_behind(fleet: Fleet) -> None:
+    """Neither on its own connection, which goes on with another command, nor for those that get its descriptor afterwards."""
+    node, ttid = fleet.nodes[0], new_ttid()
+    wal = WalMaker(START, WAL_SEGMENT_SIZE).records(60)
+    for last in range(9, 50, 10):
+        leader, end = proposer(wal, ttid=ttid), wal.record_ends[last]
+        await leader.elect([node])
+        await leader.stream(wal.record_ends[last - 5])
+        await leader.stream(end)
+        client = leader.members[0].client
+        client.write(pgwire.message(b"f", b"no more\0"))
+        assert "no more" in await dead(client)
+        assert await client.next_message() == (ord("Z"), b"I")
+        leader.send(leader.members[0], wal.end)  # outside of a COPY: nobody's
+        await client.start_copy_both("START_WAL_PUSH (proto_version '3')")
+        greeting = ProposerGreeting(ttid, leader.mconf, PG_VERSION, SYSTEM_ID, WAL_SEGMENT_SIZE)
+        client.send_copy_data(greeting.pack())
+        assert await client.next_copy_data() is not None
+        assert node.status(ttid)["flush_lsn"] == format_lsn(end)
+        leader.leave()

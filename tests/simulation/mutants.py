@@ -243,13 +243,6 @@ class AcknowledgesBeforeFlush(Acceptor):
             outcome = (yield effect) if isinstance(effect, PersistState) else self.wal.flush_lsn
 
 
-class TakesFromTheDeposed(Acceptor):
-    """Takes WAL by the short way from a leader though a higher term was promised meanwhile."""
-
-    def takes(self, connection: ProposerConnection, generation: int, term: int) -> bool:
-        return self._streaming is connection and connection.elected_term == term and not connection.answer_due
-
-
 class CommitsBeyondFlush(Acceptor):
     """Believes the leader's commit_lsn though it has not got so far."""
 

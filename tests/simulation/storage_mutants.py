@@ -9,6 +9,7 @@ from typing import Any
 from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.disk import REAL_DISK, Disk, Views, write_all
 from neon_services.ground.lsn import Lsn
+from neon_services.safekeeper.append_lane import AppendLane
 from neon_services.safekeeper.control_file import FILE_NAME, ControlFile
 from neon_services.safekeeper.segments import SegmentDirectory
 from neon_services.safekeeper.timeline_storage import TimelineStorage
@@ -40,27 +41,34 @@ class ReportsPartialRecords(WalStore):
         return self._flush_lsn
 
 
-class AppendsWithoutSync(WalStore):
-    """Takes the short way of an append without waiting for the disk."""
+class AppendsWithoutSync(AppendLane):
+    """The lane of a proposer's connection writes without waiting for the disk."""
 
-    def append(self, begin_lsn: Lsn, data: memoryview, count: int) -> Lsn | None:
-        if begin_lsn + count > self._plain_end or begin_lsn != self._write_lsn:
-            return None
-        plain_end = self._plain_end
-        self.write(begin_lsn, bytes(data))
-        self.write_out()
-        self._flush_lsn, self._plain_end = self._write_record_lsn, plain_end
-        return self._flush_lsn
+    def lend(self) -> bool:
+        lent = super().lend()
+        self.c.flags = 0
+        return lent
 
 
-class AppendsPartialRecords(WalStore):
-    """The short way of an append reports the end of its bytes instead of the end of the last complete record."""
+class AppendsPartialRecords(AppendLane):
+    """The lane reports the end of its bytes instead of the end of the last complete record."""
 
-    def append(self, begin_lsn: Lsn, data: memoryview, count: int) -> Lsn | None:
-        if super().append(begin_lsn, data, count) is None:
-            return None
-        self._flush_lsn = self._write_lsn
-        return self._flush_lsn
+    def settle(self) -> bool:
+        self.c.flush_lsn = self.c.write_lsn
+        self.c.answer[18:26] = list(self.c.write_lsn.to_bytes(8, "big"))
+        return super().settle()
+
+
+class TakesFromTheDeposed(AppendLane):
+    """The lane takes WAL of the leader that it belongs to though a higher term was promised meanwhile."""
+
+    def lend(self) -> bool:
+        state = self._acceptor.state
+        self._acceptor.state = replace(state, term=self._proposer.elected_term)
+        try:
+            return super().lend()
+        finally:
+            self._acceptor.state = state
 
 
 class NoTruncationAfterBoot(WalStore):
@@ -115,7 +123,7 @@ class BelievesShortWrites(WalStore):
 
     def _write_part(self, views: Views, offset: int, length: int, flags: int) -> None:
         assert self._descriptor is not None
-        self._disk.pwritev(self._descriptor, views, offset, flags)
+        self.disk.pwritev(self._descriptor, views, offset, flags)
 
 
 class RecoversToTheCommitOnly(WalStore):

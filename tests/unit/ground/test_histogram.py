@@ -22,8 +22,11 @@ def test_the_exposition_is_that_of_the_librarys_histogram() -> None:
     library = prometheus_client.Histogram("some_seconds", "Seconds of something", buckets=BOUNDS, registry=theirs)
     values = [*BOUNDS, 0, 11, *(random.Random(7).uniform(0, 12) for _ in range(200))]
     for value in values:
-        hot.observe(value)
         library.observe(value)
+    for value in values[:60]:
+        hot.observe(value)
+    hot.observe_all(values[60:60])
+    hot.observe_all(values[60:])
     assert exposition(ours) == exposition(theirs)
     assert any(line.startswith('some_seconds_bucket{le="+Inf"} 207') for line in exposition(ours))
 

@@ -1,10 +1,11 @@
-"""The short way of an append does what the long way does, or nothing at all."""
+"""The lane does with appends what the long way does, or nothing at all."""
 
 import errno
 import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,11 @@ class Node:
         return self.take(pgwire.copy_data(append.pack()))
 
     def take(self, received: bytes) -> AppendResponse | None:
-        answer = self.lane.take(memoryview(bytearray(received + b"left over")), len(received))
-        if answer is None:
+        taken, answer = self.lane.take(memoryview(bytearray(received + b"left over")), len(received))
+        if not taken:
+            assert answer == b""
             return None
-        self.store.account()
+        assert taken == len(received)
         tag, length = answer[:1], int.from_bytes(answer[1:5], "big")
         assert (tag, length) == (b"d", len(answer) - 1)
         return parse_append_response(answer[5:])
@@ -150,6 +152,39 @@ def test_both_ways_end_in_the_same_place(tmp_path: Path, seed: int) -> None:
     assert mixed.content() == slow.content()
 
 
+def test_many_appends_are_one_write_and_one_answer(tmp_path: Path) -> None:
+    """What follows the last whole append is left: a part of one, or something else."""
+    wal = WalMaker(START, SEGMENT).records(10, 200)
+    cuts = sorted({START, Lsn(START + 100), *map(Lsn, wal.record_ends)})
+    messages = [
+        pgwire.copy_data(AppendRequest(0, 1, begin, end, begin, START, wal.slice(begin, end)).pack())
+        for begin, end in pairwise(cuts)
+    ]
+    for rest in (b"", messages[-1][:-1], b"d", b"X" + messages[-1][1:], messages[0]):
+        node = Node(tmp_path / f"node{len(rest)}{rest[:1].hex()}").settle()
+        received, whole = b"".join(messages[:-1]) + rest, sum(map(len, messages[:-1]))
+        writes = node.disk.writes
+        taken, answer = node.lane.take(memoryview(bytearray(received)), len(received))
+        assert taken == whole
+        assert parse_append_response(answer[5:]) == AppendResponse(0, 1, cuts[-2], START)
+        assert node.disk.writes == writes + 1
+        assert (node.acceptor.commit_lsn, node.store.flush_lsn) == (cuts[-3], cuts[-2])
+        assert node.store.written_bytes == cuts[-2] - START
+
+
+def test_an_append_behind_one_that_is_refused_is_not_taken(tmp_path: Path) -> None:
+    wal = WalMaker(START, SEGMENT).records(4, 200)
+    cuts = [START, *map(Lsn, wal.record_ends)]
+    messages = [
+        pgwire.copy_data(AppendRequest(0, term, begin, end, begin, START, wal.slice(begin, end)).pack())
+        for term, (begin, end) in zip((1, 2, 1, 1), pairwise(cuts), strict=True)
+    ]
+    node = Node(tmp_path / "node").settle()
+    received = b"".join(messages)
+    assert node.lane.take(memoryview(bytearray(received)), len(received))[0] == len(messages[0])
+    assert node.store.write_lsn == cuts[1]
+
+
 def test_one_write_and_nothing_else(tmp_path: Path) -> None:
     wal = WalMaker(START, SEGMENT).records(3, 200)
     node = Node(tmp_path / "node").settle()
@@ -170,8 +205,6 @@ def test_what_is_not_one_plain_append_is_left_alone(tmp_path: Path) -> None:
     whole = pgwire.copy_data(good(wal).pack())
     left = {
         "a part": whole[:-1],
-        "two messages": whole + whole,
-        "more behind it": whole + b"d",
         "another tag": b"c" + whole[1:],
         "another length": whole[:1] + (len(whole)).to_bytes(4, "big") + whole[5:],
         "a negative length": whole[:1] + b"\xff\xff\xff\xff" + whole[5:],

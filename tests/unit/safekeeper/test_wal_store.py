@@ -608,14 +608,14 @@ def test_a_large_batch_is_written_while_it_is_checked(tmp_path: Path, monkeypatc
     store = begin(new_store(tmp_path / "wal"))
     calls: list[str] = []
     for name in ("pwritev", "start_writing", "fdatasync"):
-        real = getattr(store._disk, name)
+        real = getattr(store.disk, name)
 
         def count(*arguments: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
             durable = " durable" if name == "pwritev" and arguments[3] else ""
             calls.append(name + durable)
             return real(*arguments)
 
-        monkeypatch.setattr(store._disk, name, count)
+        monkeypatch.setattr(store.disk, name, count)
     append(store, wal, START + 255_000, flush=False)
     del calls[:]
     for begin_lsn in range(store.write_lsn, START + 900_000, 100_000):
@@ -644,7 +644,7 @@ def test_where_nothing_can_be_hinted_large_batches_are_written_whole(
         hints.append(number)
         raise OSError(number, "no")
 
-    monkeypatch.setattr(store._disk, "start_writing", refuse)
+    monkeypatch.setattr(store.disk, "start_writing", refuse)
     append(store, wal, wal.end)
     assert (store.flush_lsn, len(hints)) == (wal.end, 1)
     assert stored(tmp_path, START, wal.end) == bytes(wal.data)
