@@ -13,16 +13,19 @@ for what ``on_wal`` and ``acknowledged`` do, so they do what it waits for first 
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 from neon_services.compute.walproposer_config import WalProposerConfig
+from neon_services.compute.walproposer_lanes import ProposerLanes
 from neon_services.compute.walproposer_postgres import PostgresAddress, PostgresLink
 from neon_services.compute.walproposer_ring import WalRing
 from neon_services.compute.walproposer_safekeeper import SafekeeperLink, append_message
 from neon_services.consensus.proposer import MemberPhase, Proposer
 from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.lsn import Lsn, format_lsn
+from neon_services.protocols.lanes import MAX_MEMBERS, LaneEventLoop
 from neon_services.protocols.pgframe import LARGEST_BUFFER
 from neon_services.protocols.safekeeper_messages import (
     MAX_APPEND_BYTES,
@@ -53,11 +56,12 @@ class WalProposer:
         self.ring: WalRing | None = None
         self._emit = emit
         self._loop = asyncio.get_running_loop()
-        self.links = [SafekeeperLink(self, slot) for slot in range(len(config.safekeepers))]
+        self.links: list[SafekeeperLink] = [SafekeeperLink(self, slot) for slot in range(len(config.safekeepers))]
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self.postgres: PostgresLink | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lazy_slot = -1
+        #: The member that is fed late; -1 when all are fed at once.
+        self.lazy_slot = -1
         self._lazy_armed = False
         self._broadcast_armed = False
         self._commit_moved_s = 0.0
@@ -68,6 +72,19 @@ class WalProposer:
         self._standby_feedback = NO_STANDBY_FEEDBACK
         self._reported_commit = Lsn(0)
         self._seen_lsn = Lsn(0)  # up to where the WAL in the ring was looked at
+        self.lanes = self._make_lanes()
+
+    def _make_lanes(self) -> ProposerLanes | None:
+        if not isinstance(self._loop, LaneEventLoop) or len(self.links) > MAX_MEMBERS:
+            return None
+        return ProposerLanes(
+            self,
+            self._loop,
+            lazy_s=self.config.lazy_s,
+            lazy_bytes=LAZY_BYTES,
+            broadcast_s=COMMIT_BROADCAST_S,
+            reserve_bytes=RING_RESERVE,
+        )
 
     # -- life
 
@@ -98,6 +115,9 @@ class WalProposer:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.lanes is not None:
+            self.lanes.close()
+            self.lanes = None
 
     def attach(self, address: PostgresAddress, start_lsn: Lsn) -> None:
         """Begin to take WAL from Postgres. Raises ConfigError when it does not continue the log."""
@@ -110,7 +130,8 @@ class WalProposer:
                 f"attach: start_lsn {format_lsn(start_lsn)} leaves a gap behind the end of the log {format_lsn(self.ring.end)}"
             )
         self._seen_lsn = self.ring.end
-        self.postgres = PostgresLink(self.ring, self.on_wal, self._positions)
+        lane = None if self.lanes is None else self.lanes.postgres
+        self.postgres = PostgresLink(self.ring, self.on_wal, self._positions, lane)
         self._spawn(self._stream(self.postgres, address))
 
     async def _stream(self, postgres: PostgresLink, address: PostgresAddress) -> None:
@@ -196,10 +217,8 @@ class WalProposer:
             if self.postgres is not None:
                 self.postgres.send_status()
                 if self.postgres.paused:
-                    self._check_room()
-            if not self._broadcast_armed:
-                self._broadcast_armed = True
-                self._loop.call_later(COMMIT_BROADCAST_S, self._broadcast_commit)
+                    self.check_room()
+            self._arm_broadcast()
             if not self._announced_ready and self.core.ready:
                 self._announced_ready = True
                 truncate_lsn = format_lsn(self.core.truncate_lsn)
@@ -217,7 +236,7 @@ class WalProposer:
         if pending <= 0:
             return
         if not now:
-            if slot == self._lazy_slot:
+            if slot == self.lazy_slot:
                 if pending < LAZY_BYTES:
                     self._arm_lazy()
                     return
@@ -238,7 +257,7 @@ class WalProposer:
         """New WAL is in the ring."""
         ring = self.ring
         assert ring is not None
-        begin, end, lazy_slot = self._seen_lsn, ring.end, self._lazy_slot
+        begin, end, lazy_slot = self._seen_lsn, ring.end, self.lazy_slot
         self._seen_lsn = end
         is_small = 0 < end - begin <= MAX_APPEND_BYTES
         made, message = b"", b""
@@ -251,15 +270,32 @@ class WalProposer:
                 link.send_append(message)
             else:
                 self.pump(link.slot)
-        self._check_room()
+        self.check_room()
+
+    def lanes_worked(self, commit_moved_s: float | None, *, told_postgres: bool) -> None:
+        """What the lanes did is in the ring, the links and the state machine."""
+        ring = self.ring
+        assert ring is not None
+        self._seen_lsn = ring.end
+        if commit_moved_s is not None:
+            self._commit_moved_s = commit_moved_s
+        if told_postgres and self.postgres is not None:
+            self.postgres.last_status_s = time.time()
+
+    def take_over_timers(self, *, lazy: bool, broadcast: bool) -> None:
+        """The lanes stop, and with them what they would have done a little later."""
+        if lazy:
+            self._arm_lazy()
+        if broadcast:
+            self._arm_broadcast()
 
     def _positions(self) -> tuple[Lsn, Lsn]:
         """commit_lsn, and up to where every pageserver shard has received WAL (commit_lsn when none has told)."""
         commit_lsn, received_lsn = self.core.commit_lsn, self.core.pageservers_received_lsn
         return commit_lsn, commit_lsn if received_lsn is None else min(commit_lsn, received_lsn)
 
-    def _check_room(self) -> None:
-        """Stop reading from Postgres before the ring would come round to what is not committed."""
+    def check_room(self) -> None:
+        """Stop reading from Postgres before the ring would come round to what is not committed; or read on."""
         ring, postgres = self.ring, self.postgres
         assert ring is not None
         if postgres is None:
@@ -283,7 +319,7 @@ class WalProposer:
         if self._quorum_has_all() and ring.size < RING_MAX:
             log.info("a WAL record exceeds %d MiB: doubling the buffer", ring.size >> 20)
             ring.grow()
-            self._check_room()
+            self.check_room()
 
     # -- timers
 
@@ -294,31 +330,39 @@ class WalProposer:
 
     def _feed_lazy(self) -> None:
         self._lazy_armed = False
-        if self._lazy_slot >= 0:
-            self.pump(self._lazy_slot, now=True)
+        if self.lazy_slot >= 0:
+            self.pump(self.lazy_slot, now=True)
 
     def _choose_lazy(self) -> None:
         """The slowest of the healthy: with one set of voters, all active, and more of them than the quorum needs."""
-        before = self._lazy_slot
+        before = self.lazy_slot
         healthy = all(link.member.phase is MemberPhase.ACTIVE and not link.feeding for link in self.links)
         if not self.config.lazy_s or not healthy or len(self.links) < 3 or self.core.mconf.new_members is not None:
-            self._lazy_slot = -1
+            self.lazy_slot = -1
         else:
             now_s = self._loop.time()
             lag_s = [link.lag_s(now_s) for link in self.links]
             slowest = max(range(len(lag_s)), key=lambda slot: (lag_s[slot], slot))
             if before < 0 or lag_s[slowest] > 2 * lag_s[before] + LAZY_MARGIN_S:
-                self._lazy_slot = slowest
-        if before >= 0 and self._lazy_slot != before:
+                self.lazy_slot = slowest
+        if before >= 0 and self.lazy_slot != before:
             self.pump(before, now=True)
 
-    def _broadcast_commit(self) -> None:
-        """Safekeepers, and through them pageservers, learn commit_lsn soon when no append carries it."""
+    def _arm_broadcast(self) -> None:
+        if not self._broadcast_armed:
+            self._broadcast_armed = True
+            self._loop.call_later(COMMIT_BROADCAST_S, self._broadcast_later)
+
+    def _broadcast_later(self) -> None:
         if self._loop.time() - self._commit_moved_s < COMMIT_BROADCAST_S:
             # not the exact rest: the loop's clock counts milliseconds, and a rest below one would make it spin
-            self._loop.call_later(COMMIT_BROADCAST_S, self._broadcast_commit)
+            self._loop.call_later(COMMIT_BROADCAST_S, self._broadcast_later)
             return
         self._broadcast_armed = False
+        self.broadcast_commit()
+
+    def broadcast_commit(self) -> None:
+        """Safekeepers, and through them pageservers, learn commit_lsn soon when no append carries it."""
         for link in self.links:
             if link.member.phase is MemberPhase.ACTIVE and link.member.told_commit_lsn < self.core.commit_lsn:
                 link.heartbeat()

@@ -25,6 +25,7 @@ from neon_services.consensus.proposer import Deposed
 from neon_services.ground.errors import ConfigError, NeonError
 from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn
 from neon_services.ground.process import configure_logging, run_service
+from neon_services.protocols.lanes import make_event_loop
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def main() -> int:
         config = read_config(arguments.config)
         return await (synchronise(config) if arguments.sync_safekeepers else propose(config))
 
-    return run_service(run)
+    return run_service(run, make_event_loop)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from neon_services.ground.errors import NeonError, ProtocolViolation
 from neon_services.ground.lsn import Lsn, format_lsn
 from neon_services.ground.pgtime import to_postgres_us
 from neon_services.protocols import pgclient, pgwire
+from neon_services.protocols.lanes import Lane
 from neon_services.protocols.safekeeper_messages import HotStandbyFeedback
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,11 @@ class PostgresAddress:
 class PostgresLink:
     """Streams WAL until Postgres ends the stream."""
 
-    def __init__(self, ring: WalRing, on_wal: Callable[[], None], positions: Callable[[], tuple[Lsn, Lsn]]) -> None:
+    def __init__(
+        self, ring: WalRing, on_wal: Callable[[], None], positions: Callable[[], tuple[Lsn, Lsn]], lane: Lane | None = None
+    ) -> None:
         self.ring = ring
+        self._lane = lane
         self._on_wal = on_wal
         #: (commit_lsn, the position that pageservers have applied)
         self._positions = positions
@@ -66,6 +70,8 @@ class PostgresLink:
             self._client, self._paused, self._error = client, False, None
             client.copy_sink, client.copy_batch_end = self._on_message, self._on_batch_end
             client.fast_path = self._take
+            if self._lane is not None:
+                self._lane.attach(client)
             on_attached()
             self.send_status()
             ended = await client.next_copy_data()
@@ -75,6 +81,8 @@ class PostgresLink:
             return ended is None and not client.closed
         finally:
             self._client = None
+            if self._lane is not None:
+                self._lane.detach()
             client.close()
 
     async def _ensure_slot(self, client: pgclient.PgClient) -> None:

@@ -4,6 +4,8 @@ Invariant: ``views(begin, end)`` gives exactly the bytes that were appended for 
 ``start..end``. The ring forgets only what its user allowed to be forgotten: whoever appends checks ``room`` first.
 """
 
+import ctypes
+
 from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import Lsn, format_lsn
 
@@ -27,6 +29,15 @@ class WalRing:
     def start(self) -> Lsn:
         """The oldest position that is still held."""
         return max(self._first, Lsn(self.end - self._size))
+
+    @property
+    def address(self) -> int:
+        """Of the first byte of the memory, in which the byte of an LSN is at ``lsn % size``; until grow()."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+
+    def extended_to(self, end: Lsn) -> None:
+        """Somebody else has written the bytes up to this position, where append() would have put them."""
+        self.end = end
 
     def append(self, data: memoryview) -> None:
         """Append bytes at ``end``, over the oldest ones when the ring is full."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from neon_services.compute.walproposer_config import WalProposerConfig
+from neon_services.compute.walproposer_lanes import ProposerLanes
 from neon_services.compute.walproposer_ring import WalRing
 from neon_services.consensus.proposer import Deposed, Member, MemberPhase, Proposer
 from neon_services.ground.errors import ConfigError, NeonError, ProtocolViolation
@@ -50,6 +51,7 @@ class Owner(Protocol):
     core: Proposer
     ring: WalRing | None
     links: list["SafekeeperLink"]
+    lanes: ProposerLanes | None
 
     def acknowledged(self, link: "SafekeeperLink", moved: bool) -> None:
         """An AppendResponse was taken in; ``moved``: and commit_lsn with it."""
@@ -103,8 +105,10 @@ class SafekeeperLink:
         #: Smoothed time from append to answer, seconds.
         self.answer_s = 0.0
         self.last_sent_s = 0.0
+        #: When the append was sent whose answer is awaited.
+        self.sent_at_s = 0.0
         self._client: _Client | None = None
-        self._sent_at_s = self._last_heard_s = 0.0
+        self._last_heard_s = 0.0
         self._wake = asyncio.Event()
         self._error: NeonError | None = None
         self._loop = asyncio.get_running_loop()
@@ -165,6 +169,7 @@ class SafekeeperLink:
             tls=config.tls,
         )
         assert isinstance(client, _Client)
+        lane = None if self.owner.lanes is None else self.owner.lanes.members[self.slot]
         try:
             creation = "false" if config.generation else "true"
             async with asyncio.timeout(config.connect_timeout_s):
@@ -173,6 +178,8 @@ class SafekeeperLink:
             client.copy_sink = self._on_message
             client.fast_path = self._take
             client.on_room = self._on_room
+            if lane is not None:
+                lane.attach(client)
             self.send([message for _, message in self.owner.core.connected(self.slot)])
             self.owner.member_changed(self)
             # CopyData goes to copy_sink; what is queued is the end of the stream
@@ -182,6 +189,8 @@ class SafekeeperLink:
             raise ConnectionResetError("the safekeeper closed the connection" if end is None else "unexpected CopyData")
         finally:
             self._client = None
+            if lane is not None:
+                lane.detach()
             client.abort()
 
     def reconnect(self, reason: str) -> None:
@@ -203,7 +212,7 @@ class SafekeeperLink:
 
     def lag_s(self, now_s: float) -> float:
         """How slowly it answers: smoothed, or the time that an answer is overdue by now."""
-        return max(self.answer_s, now_s - self._sent_at_s) if self.awaiting else self.answer_s
+        return max(self.answer_s, now_s - self.sent_at_s) if self.awaiting else self.answer_s
 
     # -- receiving
 
@@ -221,15 +230,19 @@ class SafekeeperLink:
             self.owner.fail(error)
         except NeonError as error:
             self._break(error)
+        self.heard()
+        return filled
+
+    def heard(self) -> None:
+        """Something was received."""
         if self._client is not None:
             self._client.heard = True
-        return filled
 
     def _acknowledged(self, response: AppendResponse) -> None:
         moved = self.owner.core.append_response(self.slot, response)
         if self.awaiting:
             self.awaiting = False
-            self.answer_s += (self._loop.time() - self._sent_at_s - self.answer_s) / 16
+            self.answer_s += (self._loop.time() - self.sent_at_s - self.answer_s) / 16
         self.owner.acknowledged(self, moved)
 
     def _break(self, error: NeonError) -> None:
@@ -307,7 +320,7 @@ class SafekeeperLink:
         self.last_sent_s = self._loop.time()
         if not self.awaiting:
             self.awaiting = True
-            self._sent_at_s = self.last_sent_s
+            self.sent_at_s = self.last_sent_s
 
     def _on_room(self) -> None:
         if not self.feeding:

@@ -244,6 +244,15 @@ class Proposer:
         key = self._key(self.members[slot])
         return any(key in voters for voters in self._sets)
 
+    def voters(self) -> tuple[int, ...]:
+        """How many voters each set has."""
+        return tuple(map(len, self._sets))
+
+    def voter_bits(self, slot: int) -> int:
+        """In which of the sets this safekeeper is a voter: bit 0 for the first, bit 1 for the second."""
+        key = self._key(self.members[slot])
+        return sum(1 << place for place, voters in enumerate(self._sets) if key in voters)
+
     def synchronised(self) -> Lsn | None:
         """sync-safekeepers: the end of committed WAL once every reachable safekeeper knows it durably; else None."""
         if not self.elected:

@@ -51,6 +51,9 @@ class Transport:
 
     resume_reading = pause_reading
 
+    def is_closing(self) -> bool:
+        return self.aborted
+
     def set_write_buffer_limits(self, **_: Any) -> None:
         pass
 
@@ -69,7 +72,7 @@ class Bench:
             {
                 "tenant_id": "0" * 31 + "1",
                 "timeline_id": "0" * 31 + "2",
-                "safekeepers": ["10.0.0.1:5454", "10.0.0.2:5454", "10.0.0.3:5454"],
+                "safekeepers": ["127.0.0.1:1", "127.0.0.2:1", "127.0.0.3:1"],
                 "generation": 0,
                 "pg_version": 150020,
                 "system_id": None,
@@ -112,7 +115,7 @@ class Bench:
         """What on_wal() means."""
         for slot in range(3):
             self.proposer.pump(slot)
-        self.proposer._check_room()
+        self.proposer.check_room()
 
     def read(self, client: pgclient.PgClient | None, data: bytes, cut: Callable[[int], int]) -> None:
         """The bytes arrive, in reads of the sizes that ``cut`` says."""
