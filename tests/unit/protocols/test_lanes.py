@@ -1,20 +1,26 @@
 """The event loop that runs lanes is asyncio's in everything else; and its compiled half fits its Python half."""
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from neon_services.ground.errors import ConfigError
 from neon_services.protocols import lanes, pgclient
 from neon_services.protocols.lanes import CProposerLane, CProposerMember, Lane, LaneEventLoop, function_address, library
+from neon_services.protocols.pgframe import FrameConnection
+from tests.credentials import Authority
 from tests.waiting import eventually
 
 
@@ -207,3 +213,41 @@ def test_timers_come_while_lanes_are_busy() -> None:
         await served.close()
 
     run(scenario())
+
+
+@pytest.mark.parametrize("selector", [True, False], ids=["lanes", "uvloop"])
+def test_a_tls_connection_that_its_peer_has_ended_can_be_closed_and_aborted(tmp_path: Path, selector: bool) -> None:
+    """Also with bytes queued that the peer does not read; afterwards it still knows who the peer was."""
+    Authority(tmp_path).install(tmp_path)
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        served: list[FrameConnection] = []
+
+        def make() -> FrameConnection:
+            served.append(FrameConnection())
+            return served[0]
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+        server = await loop.create_server(make, "127.0.0.1", 0, ssl=context)
+        trusting = ssl.create_default_context()
+        trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+        raw = socket.create_connection(server.sockets[0].getsockname())
+        client = await loop.run_in_executor(None, lambda: trusting.wrap_socket(raw))
+        await eventually(lambda: served and served[0].transport is not None, "the connection")
+        connection = served[0]
+        connection.write(bytes(32 << 20))
+        client.setblocking(False)
+        with contextlib.suppress(ssl.SSLError, BlockingIOError):
+            client.unwrap()  # sends close_notify
+        await asyncio.sleep(0.1)
+        connection.close()
+        assert connection.peer
+        connection.abort()
+        client.close()
+        await asyncio.wait_for(asyncio.shield(connection.lost), 10)
+        server.close()
+
+    with asyncio.Runner(loop_factory=LaneEventLoop if selector else uvloop.new_event_loop) as runner:
+        runner.run(scenario())
