@@ -15,26 +15,7 @@
 #include "append_lane.h"
 #include "waldec.h"
 
-#define COPY_DATA 'd'
-#define APPEND 'a'
-#define FRAME_HEAD 5			/* a message's tag and length */
 #define MOST_PIECES 512
-#define ANSWER_FLUSH_LSN 18
-
-/* Offsets in a framed append: 'd', length, 'a', generation, term, begin, end, commit, truncate */
-enum
-{
-	AT_LENGTH = 1,
-	AT_KIND = 5,
-	AT_GENERATION = 6,
-	AT_TERM = 10,
-	AT_BEGIN = 18,
-	AT_END = 26,
-	AT_COMMIT = 34,
-	AT_TRUNCATE = 42
-};
-
-_Static_assert(AT_TRUNCATE + 8 == APPEND_FRAME, "the layout of a framed append");
 
 static int
 write_all(int fd, const struct iovec *pieces, int count, int64_t offset, int flags)
@@ -192,7 +173,7 @@ append_lane_take(AppendLane *lane, const uint8_t *bytes, size_t count)
 	lane->truncate_lsn = truncate_lsn;
 	lane->appends += appends;
 	lane_touch(&lane->lane);
-	lane_put_u64(lane->answer + ANSWER_FLUSH_LSN,
+	lane_put_u64(lane->answer + ANSWER_FLUSH,
 				 lane->flush_lsn > lane->timeline_start_lsn ? lane->flush_lsn : lane->timeline_start_lsn);
 	return at;
 }

@@ -6,11 +6,9 @@
 #include <sys/uio.h>
 
 #include "lane.h"
+#include "messages.h"
 #include "walstream.h"
 
-#define APPEND_FRAME 50			/* a CopyData message's head, and an AppendRequest in front of its WAL */
-#define APPEND_ANSWER 58		/* a CopyData message with an AppendResponse without pageserver feedback */
-#define APPEND_MOST_BYTES (128 * 1024)	/* of WAL in an AppendRequest */
 #define APPEND_WRITES 128
 
 typedef enum AppendError

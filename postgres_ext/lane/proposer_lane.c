@@ -13,43 +13,13 @@
 
 #include "proposer_lane.h"
 
-#define COPY_DATA 'd'
-#define FRAME_HEAD 5			/* a message's tag and length */
 #define XLOG_FRAME 30			/* CopyData with XLogData: 'd', length, 'w', start, end, time */
 #define XLOG_START 6
 #define XLOG_MOST (1 << 20)		/* a longer message is Python's */
-#define ANSWER_FRAME 58
 #define ANSWER_WEIGHT 16
 #define BURST_BYTES (1024 * 1024)	/* that go to one member at once: the others wait meanwhile */
 
-/* Offsets in a framed AppendResponse: 'd', length, 'a', generation, term, flush, commit, standby feedback */
-enum
-{
-	ANSWER_LENGTH = 1,
-	ANSWER_KIND = 5,
-	ANSWER_GENERATION = 6,
-	ANSWER_TERM = 10,
-	ANSWER_FLUSH = 18,
-	ANSWER_COMMIT = 26,
-	ANSWER_STANDBY = 34
-};
-
-_Static_assert(ANSWER_STANDBY + PROPOSER_STANDBY_BYTES == ANSWER_FRAME, "the layout of a framed AppendResponse");
-
-/* Offsets in a framed AppendRequest: 'd', length, 'a', generation, term, begin, end, commit, truncate */
-enum
-{
-	APPEND_LENGTH = 1,
-	APPEND_KIND = 5,
-	APPEND_GENERATION = 6,
-	APPEND_TERM = 10,
-	APPEND_BEGIN = 18,
-	APPEND_END = 26,
-	APPEND_COMMIT = 34,
-	APPEND_TRUNCATE = 42
-};
-
-_Static_assert(APPEND_TRUNCATE + 8 == PROPOSER_APPEND_HEAD, "the layout of a framed append");
+_Static_assert(ANSWER_STANDBY + PROPOSER_STANDBY_BYTES == APPEND_ANSWER, "the layout of a framed AppendResponse");
 
 /* --- what is committed ------------------------------------------------------------------------------------------------- */
 
@@ -164,7 +134,7 @@ static void
 send_append(ProposerMember *member, uint64_t end_lsn, int64_t now_ns)
 {
 	ProposerLane *proposer = member->proposer;
-	uint8_t		head[PROPOSER_APPEND_HEAD];
+	uint8_t		head[APPEND_FRAME];
 	uint64_t	begin_lsn = member->sent_lsn;
 	size_t		size = end_lsn - begin_lsn,
 				at = begin_lsn % proposer->ring_size,
@@ -172,14 +142,14 @@ send_append(ProposerMember *member, uint64_t end_lsn, int64_t now_ns)
 				sent;
 
 	head[0] = COPY_DATA;
-	lane_put_u32(head + APPEND_LENGTH, (uint32_t) (PROPOSER_APPEND_HEAD - 1 + size));
-	head[APPEND_KIND] = 'a';
-	lane_put_u32(head + APPEND_GENERATION, proposer->generation);
-	lane_put_u64(head + APPEND_TERM, proposer->term);
-	lane_put_u64(head + APPEND_BEGIN, begin_lsn);
-	lane_put_u64(head + APPEND_END, end_lsn);
-	lane_put_u64(head + APPEND_COMMIT, proposer->commit_lsn);
-	lane_put_u64(head + APPEND_TRUNCATE, proposer->truncate_lsn);
+	lane_put_u32(head + AT_LENGTH, (uint32_t) (APPEND_FRAME - 1 + size));
+	head[AT_KIND] = APPEND;
+	lane_put_u32(head + AT_GENERATION, proposer->generation);
+	lane_put_u64(head + AT_TERM, proposer->term);
+	lane_put_u64(head + AT_BEGIN, begin_lsn);
+	lane_put_u64(head + AT_END, end_lsn);
+	lane_put_u64(head + AT_COMMIT, proposer->commit_lsn);
+	lane_put_u64(head + AT_TRUNCATE, proposer->truncate_lsn);
 	member->sent_lsn = end_lsn;
 	member->told_commit_lsn = proposer->commit_lsn;
 	member->last_sent_ns = now_ns;
@@ -227,7 +197,7 @@ pump(ProposerLane *proposer, uint32_t slot, bool now, int64_t now_ns)
 					return;
 				}
 			}
-			else if (member->awaiting && pending < PROPOSER_MOST_BYTES)
+			else if (member->awaiting && pending < APPEND_MOST_BYTES)
 				return;
 		}
 		if (member->mode != MEMBER_DIRECT || !lane_sends_directly(&member->lane) || member->sent_lsn < proposer->ring_start ||
@@ -237,7 +207,7 @@ pump(ProposerLane *proposer, uint32_t slot, bool now, int64_t now_ns)
 			want(proposer);
 			return;
 		}
-		send_append(member, member->sent_lsn + (pending < PROPOSER_MOST_BYTES ? pending : PROPOSER_MOST_BYTES), now_ns);
+		send_append(member, member->sent_lsn + (pending < APPEND_MOST_BYTES ? pending : APPEND_MOST_BYTES), now_ns);
 	}
 }
 
@@ -390,17 +360,17 @@ proposer_lane_take_answers(ProposerMember *member, const uint8_t *bytes, size_t 
 	const ProposerLane *proposer = member->proposer;
 	size_t		at = 0;
 
-	while (count - at >= ANSWER_FRAME && member->active)
+	while (count - at >= APPEND_ANSWER && member->active)
 	{
 		const uint8_t *answer = bytes + at;
 
-		if (answer[0] != COPY_DATA || lane_u32(answer + ANSWER_LENGTH) != ANSWER_FRAME - 1 || answer[ANSWER_KIND] != 'a' ||
-			lane_u32(answer + ANSWER_GENERATION) != proposer->generation || lane_u64(answer + ANSWER_TERM) != proposer->term ||
+		if (answer[0] != COPY_DATA || lane_u32(answer + AT_LENGTH) != APPEND_ANSWER - 1 || answer[AT_KIND] != APPEND ||
+			lane_u32(answer + AT_GENERATION) != proposer->generation || lane_u64(answer + AT_TERM) != proposer->term ||
 			lane_u64(answer + ANSWER_FLUSH) > member->sent_lsn ||
 			memcmp(answer + ANSWER_STANDBY, member->standby, PROPOSER_STANDBY_BYTES) != 0)
 			break;
 		acknowledged(member, lane_u64(answer + ANSWER_FLUSH), lane_u64(answer + ANSWER_COMMIT));
-		at += ANSWER_FRAME;
+		at += APPEND_ANSWER;
 	}
 	return at;
 }
@@ -410,11 +380,11 @@ is_part_of_answer(const uint8_t *bytes, size_t count)
 {
 	if (count > 0 && bytes[0] != COPY_DATA)
 		return false;
-	if (count > ANSWER_KIND && bytes[ANSWER_KIND] != 'a')
+	if (count > AT_KIND && bytes[AT_KIND] != APPEND)
 		return false;
-	if (count >= FRAME_HEAD && lane_u32(bytes + ANSWER_LENGTH) != ANSWER_FRAME - 1)
+	if (count >= FRAME_HEAD && lane_u32(bytes + AT_LENGTH) != APPEND_ANSWER - 1)
 		return false;
-	return count < ANSWER_FRAME;
+	return count < APPEND_ANSWER;
 }
 
 LaneResult

@@ -3,10 +3,9 @@
 #define NEON_PROPOSER_LANE_H
 
 #include "lane.h"
+#include "messages.h"
 
 #define PROPOSER_MEMBERS 16
-#define PROPOSER_APPEND_HEAD 50
-#define PROPOSER_MOST_BYTES (128 * 1024)	/* of WAL in an append */
 #define PROPOSER_STANDBY_BYTES 24
 #define PROPOSER_STATUS_BYTES 39
 
@@ -39,7 +38,7 @@ typedef struct ProposerMember
 	uint32_t	unsent;			/* bytes at the end of `message` that the socket did not take */
 	uint32_t	message_bytes;
 	uint8_t		standby[PROPOSER_STANDBY_BYTES];	/* the replicas' feedback that it told last */
-	uint8_t		message[PROPOSER_APPEND_HEAD + PROPOSER_MOST_BYTES + 2];	/* the append that did not go in full */
+	uint8_t		message[APPEND_FRAME + APPEND_MOST_BYTES + 2];	/* the append that did not go in full */
 } ProposerMember;
 
 struct ProposerLane

@@ -213,13 +213,13 @@ safekeeper_reads(Proposal *run, Safekeeper *keeper)
 	{
 		const uint8_t *at = keeper->appends.at;
 		uint64_t	end_lsn = number(at + 26, 8);
-		size_t		bytes = size - PROPOSER_APPEND_HEAD;
+		size_t		bytes = size - APPEND_FRAME;
 
-		require(size >= PROPOSER_APPEND_HEAD && bytes <= PROPOSER_MOST_BYTES && at[0] == 'd' && at[5] == 'a' &&
+		require(size >= APPEND_FRAME && bytes <= APPEND_MOST_BYTES && at[0] == 'd' && at[5] == 'a' &&
 				number(at + 6, 4) == GENERATION && number(at + 10, 8) == TERM, "an append that is none");
 		require(number(at + 18, 8) == keeper->received_lsn, "an append that leaves a gap or overlaps");
 		require(end_lsn == keeper->received_lsn + bytes && end_lsn <= run->model_end_lsn, "an append of another length");
-		require(memcmp(at + PROPOSER_APPEND_HEAD, run->reference.at + (keeper->received_lsn - run->reference_lsn), bytes) == 0,
+		require(memcmp(at + APPEND_FRAME, run->reference.at + (keeper->received_lsn - run->reference_lsn), bytes) == 0,
 				"an append with other bytes than Postgres sent");
 		require(number(at + 34, 8) <= commit_bound(run) && number(at + 42, 8) <= number(at + 34, 8),
 				"an append that tells of more than is committed");
@@ -228,7 +228,7 @@ safekeeper_reads(Proposal *run, Safekeeper *keeper)
 		drop(&keeper->appends, size);
 	}
 	require(keeper->appends.size == 0 || keeper->appends.at[0] == 'd', "bytes that begin no append");
-	require(keeper->appends.size < 5 || number(keeper->appends.at + 1, 4) < PROPOSER_APPEND_HEAD + PROPOSER_MOST_BYTES,
+	require(keeper->appends.size < 5 || number(keeper->appends.at + 1, 4) < APPEND_FRAME + APPEND_MOST_BYTES,
 			"an append that is too long");
 }
 

@@ -26,7 +26,7 @@ python_append(Proposal *run, Safekeeper *keeper, size_t size)
 	ProposerMember *member = keeper->member;
 	Bytes		append = {0};
 
-	add_fields(&append, 1, U('d'), 4, U(PROPOSER_APPEND_HEAD - 1 + size), 1, U('a'), 4, U(GENERATION), 8, U(TERM), 8,
+	add_fields(&append, 1, U('d'), 4, U(APPEND_FRAME - 1 + size), 1, U('a'), 4, U(GENERATION), 8, U(TERM), 8,
 			   member->sent_lsn, 8, member->sent_lsn + size, 8, run->proposer.commit_lsn, 8, run->proposer.truncate_lsn, 0);
 	add(&append, run->reference.at + (member->sent_lsn - run->reference_lsn), size);
 	member->sent_lsn += size;
@@ -43,7 +43,7 @@ python_pump(Proposal *run, Safekeeper *keeper)
 	{
 		uint64_t	pending = run->proposer.ring_end - keeper->member->sent_lsn;
 
-		python_append(run, keeper, pending < PROPOSER_MOST_BYTES ? pending : PROPOSER_MOST_BYTES);
+		python_append(run, keeper, pending < APPEND_MOST_BYTES ? pending : APPEND_MOST_BYTES);
 		keeper->full = keeper->link.queue.size > FULL_QUEUE;
 	}
 }
