@@ -11,6 +11,7 @@ sleeps between commits.
 import asyncio
 import ctypes
 import errno
+import functools
 import logging
 import mmap
 import os
@@ -164,7 +165,11 @@ WRITER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_
 
 def library() -> ctypes.CDLL:
     """The compiled lanes. Raises ConfigError when there are none, or when they are of another version of these services."""
-    lib = load_any_waldec()
+    return _bind(load_any_waldec())
+
+
+@functools.cache
+def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     if not hasattr(lib, "lane_layout"):
         raise ConfigError(f"{lib._name} has no lanes: it is older than these services; build or install it again")
     lib.lane_layout.restype = ctypes.POINTER(ctypes.c_uint32 * 4)

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from neon_services.consensus.acceptor import Acceptor, ProposerConnection
 from neon_services.ground.disk import REAL_DISK, Views, write_all
-from neon_services.ground.errors import ConfigError, NeonError
+from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import INVALID_LSN, Lsn
 from neon_services.protocols.lanes import WRITER, CAppendLane, Lane, function_address, library
 from neon_services.protocols.safekeeper_messages import FRAMED_APPEND_RESPONSE
@@ -181,18 +181,3 @@ class AppendLane(Lane):
             error, self.c.error = self.c.error, 0
             self._fail(error)
         return (taken, bytes(self.c.answer)) if taken else (0, b"")
-
-
-def append_lane(
-    acceptor: Acceptor,
-    store: WalStore,
-    connection: ProposerConnection,
-    *,
-    refused: Callable[[], bool],
-    tell_s: Callable[[], float],
-) -> AppendLane | None:
-    """A lane for this connection; None when there is no compiled library, and everything goes the long way."""
-    try:
-        return AppendLane(acceptor, store, connection, refused=refused, tell_s=tell_s)
-    except ConfigError:
-        return None  # WalScanner says why

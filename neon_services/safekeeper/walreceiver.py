@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from neon_services.consensus.acceptor import AcceptorState
-from neon_services.ground.errors import Cancelled, NeonError, ProtocolViolation
+from neon_services.ground.errors import Cancelled, ConfigError, NeonError, ProtocolViolation
 from neon_services.ground.ids import TenantTimelineId
 from neon_services.ground.lsn import format_lsn
 from neon_services.protocols import safekeeper_messages_v2 as v2
@@ -31,7 +31,7 @@ from neon_services.protocols.safekeeper_messages import (
     parse_proposer_message,
 )
 from neon_services.safekeeper import metrics
-from neon_services.safekeeper.append_lane import TELL_NOBODY_S, TELL_S, AppendLane, append_lane
+from neon_services.safekeeper.append_lane import TELL_NOBODY_S, TELL_S, AppendLane
 from neon_services.safekeeper.connections import WalReceiverState
 from neon_services.safekeeper.disk_guard import DiskLimitReached
 from neon_services.safekeeper.timeline import Timeline
@@ -244,18 +244,20 @@ class WalReceiver:
         return timeline
 
     def _open_lane(self, timeline: Timeline) -> None:
-        lane = self._lane = append_lane(
-            timeline.acceptor,
-            timeline.store,
-            self._state.proposer,
-            refused=lambda: self._refusal(timeline) is not None,
-            tell_s=lambda: self._tell_s(timeline),
-        )
         self._connection.fast_path = self._take
-        if lane is not None:
-            lane.on_taken, lane.on_due, lane.on_failed = self._taken, self._tell, self._fail
-            lane.attach(self._connection)
-            self._connection.on_idle = self._lend
+        try:
+            lane = AppendLane(
+                timeline.acceptor,
+                timeline.store,
+                self._state.proposer,
+                refused=lambda: self._refusal(timeline) is not None,
+                tell_s=lambda: self._tell_s(timeline),
+            )
+        except ConfigError:
+            return  # no compiled library, as WalScanner has told: everything goes the long way
+        lane.on_taken, lane.on_due, lane.on_failed = self._taken, self._tell, self._fail
+        lane.attach(self._connection)
+        self._lane, self._connection.on_idle = lane, self._lend
 
     def _on_batch_end(self) -> None:
         timeline = self._timeline

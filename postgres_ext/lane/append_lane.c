@@ -80,9 +80,7 @@ finish(const AppendLane *lane, const struct iovec *pieces, int count, uint64_t l
 static bool
 is_part_of_append(const uint8_t *bytes, size_t count)
 {
-	if (count > 0 && bytes[0] != COPY_DATA)
-		return false;
-	if (count > AT_KIND && bytes[AT_KIND] != APPEND)
+	if (!may_be_copy_data(bytes, count, APPEND))
 		return false;
 	if (count >= FRAME_HEAD)
 	{
@@ -118,7 +116,7 @@ append_lane_take(AppendLane *lane, const uint8_t *bytes, size_t count)
 				end_lsn = begin_lsn,
 				commit_lsn = lane->commit_lsn,
 				truncate_lsn = lane->truncate_lsn;
-	int64_t		began_ns = lane_now_ns();
+	int64_t		began_ns;
 	int			error = 0;
 
 	if (lane->error != APPEND_FINE || lane->writes == APPEND_WRITES)
@@ -158,6 +156,7 @@ append_lane_take(AppendLane *lane, const uint8_t *bytes, size_t count)
 	}
 	if (appends == 0)
 		return 0;
+	began_ns = lane_now_ns();
 	if (error == 0)
 		error = finish(lane, pieces, npieces, written_lsn, written_lsn > begin_lsn);
 	if (error != 0)

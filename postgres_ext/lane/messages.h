@@ -2,6 +2,10 @@
 #ifndef NEON_LANE_MESSAGES_H
 #define NEON_LANE_MESSAGES_H
 
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
 #define COPY_DATA 'd'
 #define FRAME_HEAD 5			/* a message's tag and length */
 
@@ -30,6 +34,13 @@ enum
 	ANSWER_COMMIT = 26,
 	ANSWER_STANDBY = 34
 };
+
+/* Whether these bytes, of which more may come, can be CopyData with a message of this kind. */
+static inline bool
+may_be_copy_data(const uint8_t *bytes, size_t count, uint8_t kind)
+{
+	return (count == 0 || bytes[0] == COPY_DATA) && (count <= FRAME_HEAD || bytes[FRAME_HEAD] == kind);
+}
 
 _Static_assert(AT_TRUNCATE + 8 == APPEND_FRAME, "the layout of a framed append");
 

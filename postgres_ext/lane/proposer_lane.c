@@ -288,9 +288,7 @@ proposer_lane_take_wal(ProposerLane *proposer, const uint8_t *bytes, size_t coun
 static bool
 is_part_of_wal(const uint8_t *bytes, size_t count)
 {
-	if (count > 0 && bytes[0] != COPY_DATA)
-		return false;
-	if (count > FRAME_HEAD && bytes[FRAME_HEAD] != 'w')
+	if (!may_be_copy_data(bytes, count, 'w'))
 		return false;
 	if (count >= FRAME_HEAD)
 	{
@@ -378,9 +376,7 @@ proposer_lane_take_answers(ProposerMember *member, const uint8_t *bytes, size_t 
 static bool
 is_part_of_answer(const uint8_t *bytes, size_t count)
 {
-	if (count > 0 && bytes[0] != COPY_DATA)
-		return false;
-	if (count > AT_KIND && bytes[AT_KIND] != APPEND)
+	if (!may_be_copy_data(bytes, count, APPEND))
 		return false;
 	if (count >= FRAME_HEAD && lane_u32(bytes + AT_LENGTH) != APPEND_ANSWER - 1)
 		return false;

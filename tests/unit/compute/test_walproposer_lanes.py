@@ -440,7 +440,7 @@ def test_what_was_lent_before_postgres_went_is_not_taken_over_afterwards() -> No
             await eventually(lambda slot=slot: bench.member_has(slot) == end, "the append", interval=0)
         answer = pgwire.copy_data(AppendResponse(0, TERM, Lsn(end), START).pack())
         await bench.loop.sock_sendall(bench.sockets[0], answer[:20])
-        await asyncio.sleep(0.05)
+        await eventually(lambda: bench.lanes.members[0].base.filled == 20, "the part to be received")
         bench.lanes.postgres.detach()
         await bench.answer(1, end)
         await bench.answer(2, end)
@@ -481,7 +481,7 @@ def test_nothing_is_sent_on_a_connection_that_was_aborted() -> None:
         client.abort()
         lsn = START + len(bench.wal)
         bench.postgres.send(pgwire.copy_data(struct.pack("!cQQq", b"w", lsn, lsn + 500, 0) + b"y" * 500))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: bench.ring.end == lsn + 500, "the WAL")
         while True:
             try:
                 piece = bench.sockets[0].recv(1 << 20)

@@ -186,6 +186,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
         _fields_ = [("lane", lanes.CLane), ("more", ctypes.c_uint64)]
 
     monkeypatch.setattr(lanes, "CAppendLane", Larger)
+    monkeypatch.setattr(lanes, "_bind", lanes._bind.__wrapped__)  # nothing is remembered
     with pytest.raises(ConfigError, match="another version"):
         library()
     loop = lanes.make_event_loop()
@@ -241,7 +242,8 @@ def test_a_tls_connection_that_its_peer_has_ended_can_be_closed_and_aborted(tmp_
         client.setblocking(False)
         with contextlib.suppress(ssl.SSLError, BlockingIOError):
             client.unwrap()  # sends close_notify
-        await asyncio.sleep(0.1)
+        transport = connection.transport
+        await eventually(lambda: not selector or (transport is not None and transport.is_closing()), "the peer's word")
         connection.close()
         assert connection.peer
         connection.abort()
