@@ -8,7 +8,8 @@ Invariants:
 * A member that the quorum does not need is fed late by at most ``lazy_s``, and only while all are well.
 
 Speed: small appends wait for the answer to the one before and then go as one (group commit at the proposer). Every commit waits
-for what ``on_wal`` and ``acknowledged`` do, so they do what it waits for first and in few steps.
+for what ``on_wal`` and ``acknowledged`` do, so they do what it waits for first and in few steps. While processors are short,
+the lanes let up to ``gather_s`` pass between two small appends.
 """
 
 import asyncio
@@ -80,6 +81,7 @@ class WalProposer:
         return ProposerLanes(
             self,
             self._loop,
+            gather_s=self.config.gather_s,
             lazy_s=self.config.lazy_s,
             lazy_bytes=LAZY_BYTES,
             broadcast_s=COMMIT_BROADCAST_S,
@@ -282,8 +284,11 @@ class WalProposer:
         if told_postgres and self.postgres is not None:
             self.postgres.last_status_s = time.time()
 
-    def take_over_timers(self, *, lazy: bool, broadcast: bool) -> None:
+    def take_over_timers(self, *, gathered: bool, lazy: bool, broadcast: bool) -> None:
         """The lanes stop, and with them what they would have done a little later."""
+        if gathered:
+            for link in self.links:
+                self.pump(link.slot)
         if lazy:
             self._arm_lazy()
         if broadcast:

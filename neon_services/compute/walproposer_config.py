@@ -30,6 +30,7 @@ KNOWN = {
     "reconnect_timeout_ms",
     "connect_timeout_ms",
     "lazy_ms",
+    "gather_us",
     "ring_mb",
     "safekeeper_conninfo_options",
 }
@@ -52,6 +53,8 @@ class WalProposerConfig:
     connect_timeout_s: float
     #: How late the member that the quorum does not need may get small appends; 0 = never late.
     lazy_s: float
+    #: The shortest time between two small appends to a member while processors are short; 0 = none.
+    gather_s: float
     ring_bytes: int
     #: How connections to safekeepers are protected: ``sslmode`` and ``sslrootcert`` of safekeeper_conninfo_options.
     tls: ClientTls = field(default_factory=ClientTls)
@@ -130,6 +133,7 @@ def parse_config(value: Any) -> WalProposerConfig:
         reconnect_timeout_s=_number(value, "reconnect_timeout_ms", 10, 600_000, 1000) / 1000,
         connect_timeout_s=_number(value, "connect_timeout_ms", 100, 600_000, 10_000) / 1000,
         lazy_s=_number(value, "lazy_ms", 0, 1000, 10 if one_host else 0) / 1000,
+        gather_s=_number(value, "gather_us", 0, 100_000, 400) / 1e6,
         ring_bytes=_number(value, "ring_mb", 8, 4096, 32) << 20,
         tls=parse_conninfo_options(str(value.get("safekeeper_conninfo_options") or "")),
     )

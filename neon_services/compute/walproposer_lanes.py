@@ -6,6 +6,7 @@ Postgres was told. What needs more than sending and counting (a phase, a donor, 
 """
 
 import ctypes
+import os
 from typing import TYPE_CHECKING
 
 from neon_services.consensus.proposer import MemberPhase
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 
 _NOBODY = (1 << 64) - 1
 _CLOSED, _DIRECT, _PYTHON = range(3)
+
+
+def _open_uptime() -> int:
+    """Where the lanes see whether processors are short; -1 where that is not to be known."""
+    try:
+        return os.open("/proc/uptime", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 class _MemberLane(Lane):
@@ -70,6 +79,7 @@ class ProposerLanes:
         owner: "WalProposer",
         loop: LaneEventLoop,
         *,
+        gather_s: float,
         lazy_s: float,
         lazy_bytes: int,
         broadcast_s: float,
@@ -87,6 +97,8 @@ class ProposerLanes:
         self.postgres.base.due = function_address(compiled.proposer_lane_due)
         c.members = len(self.members)
         c.lazy_ns, c.lazy_bytes, c.broadcast_ns = int(lazy_s * 1e9), lazy_bytes, int(broadcast_s * 1e9)
+        c.gather_ns, c.processors = int(gather_s * 1e9), os.cpu_count() or 1
+        self._uptime = c.uptime = _open_uptime()
         c.postgres_epoch_us = -to_postgres_us(0)
         for slot, lane in enumerate(self.members):
             lane.base.readable = function_address(compiled.proposer_lane_member_readable)
@@ -99,6 +111,10 @@ class ProposerLanes:
         """Nothing is lent any more."""
         self._lent = False
         self._selector.before_wait.remove(self.lend)
+        self.c.uptime = -1
+        if self._uptime >= 0:
+            os.close(self._uptime)
+            self._uptime = -1
         for lane in (self.postgres, *self.members):
             lane.detach()
 
@@ -140,9 +156,10 @@ class ProposerLanes:
 
     def _give_up_timers(self) -> None:
         c = self.c
-        if c.lazy_due_ns or c.broadcast_due_ns:
-            self._owner.take_over_timers(lazy=c.lazy_due_ns != 0, broadcast=c.broadcast_due_ns != 0)
-            c.lazy_due_ns = c.broadcast_due_ns = self.postgres.base.due_ns = 0
+        gathered, lazy, broadcast = c.gather_due_ns != 0, c.lazy_due_ns != 0, c.broadcast_due_ns != 0
+        if gathered or lazy or broadcast:
+            c.gather_due_ns = c.lazy_due_ns = c.broadcast_due_ns = self.postgres.base.due_ns = 0
+            self._owner.take_over_timers(gathered=gathered, lazy=lazy, broadcast=broadcast)
 
     def _lend_member(self, lane: _MemberLane) -> None:
         c, core = lane.c, self._owner.core

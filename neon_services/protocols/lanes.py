@@ -140,6 +140,14 @@ class CProposerLane(ctypes.Structure):
         ("broadcast_ns", ctypes.c_int64),
         ("broadcast_due_ns", ctypes.c_int64),
         ("commit_moved_ns", ctypes.c_int64),
+        ("gather_ns", ctypes.c_int64),
+        ("gather_due_ns", ctypes.c_int64),
+        ("looked_ns", ctypes.c_int64),
+        ("up_cs", ctypes.c_uint64),
+        ("idle_cs", ctypes.c_uint64),
+        ("uptime", ctypes.c_int32),
+        ("processors", ctypes.c_uint32),
+        ("crowded", ctypes.c_uint32),
         ("generation", ctypes.c_uint32),
         ("members", ctypes.c_uint32),
         ("lazy", ctypes.c_uint32),
@@ -187,6 +195,8 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     for name in ("append_lane_take", "proposer_lane_take_wal", "proposer_lane_take_answers"):
         function = getattr(lib, name)
         function.restype, function.argtypes = ctypes.c_size_t, [pointer, pointer, ctypes.c_size_t]
+    look = lib.proposer_lane_look_at_processors
+    look.restype, look.argtypes = ctypes.c_bool, [pointer, ctypes.c_int64]
     lib.proposer_lane_quorum_lsn.restype, lib.proposer_lane_quorum_lsn.argtypes = ctypes.c_uint64, [pointer]
     return lib
 

@@ -18,6 +18,8 @@
 
 #define MOST_EVENTS 256
 #define NS_PER_MS INT64_C(1000000)
+#define NS_PER_S INT64_C(1000000000)
+#define LONGEST_NS (1000 * NS_PER_S)
 
 typedef struct Watched
 {
@@ -236,8 +238,9 @@ run_due(LaneLoop *loop)
 	return wanted;
 }
 
-static int
-wait_ms(int64_t until_ns, int64_t due_ns)
+/* How long to wait for events: negative for ever. */
+static int64_t
+wait_ns(int64_t until_ns, int64_t due_ns)
 {
 	int64_t		left_ns;
 
@@ -246,11 +249,25 @@ wait_ms(int64_t until_ns, int64_t due_ns)
 	if (until_ns < 0)
 		return -1;
 	left_ns = until_ns - lane_now_ns();
-	if (left_ns <= 0)
-		return 0;
-	if (left_ns > INT64_C(1000000) * NS_PER_MS)
-		return 1000000;
-	return (int) ((left_ns + NS_PER_MS - 1) / NS_PER_MS);
+	return left_ns < 0 ? 0 : left_ns > LONGEST_NS ? LONGEST_NS : left_ns;
+}
+
+/* As epoll_wait, with times in nanoseconds where the kernel has that and may be asked for it. */
+static int
+wait_for_events(int epoll_fd, struct epoll_event *events, int most, int64_t left_ns)
+{
+	static bool to_ms;
+
+	if (left_ns > 0 && !to_ms)
+	{
+		struct timespec left = {left_ns / NS_PER_S, left_ns % NS_PER_S};
+		int			ready = epoll_pwait2(epoll_fd, events, most, &left, NULL);
+
+		if (ready >= 0 || (errno != ENOSYS && errno != EPERM))
+			return ready;
+		to_ms = true;
+	}
+	return epoll_wait(epoll_fd, events, most, left_ns < 0 ? -1 : (int) ((left_ns + NS_PER_MS - 1) / NS_PER_MS));
 }
 
 /*
@@ -267,8 +284,8 @@ lane_loop_wait(LaneLoop *loop, int64_t timeout_ns, LaneEvent *found, int most)
 		most = MOST_EVENTS;
 	for (;;)
 	{
-		int			ms = timeout_ns == 0 ? 0 : wait_ms(until_ns, first_due(loop));
-		int			ready = epoll_wait(loop->epoll_fd, events, most, ms);
+		int64_t		left_ns = timeout_ns == 0 ? 0 : wait_ns(until_ns, first_due(loop));
+		int			ready = wait_for_events(loop->epoll_fd, events, most, left_ns);
 		int			count = 0;
 
 		if (ready < 0)

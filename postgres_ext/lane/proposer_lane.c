@@ -10,6 +10,7 @@
  */
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "proposer_lane.h"
 
@@ -18,6 +19,8 @@
 #define XLOG_MOST (1 << 20)		/* a longer message is Python's */
 #define ANSWER_WEIGHT 16
 #define BURST_BYTES (1024 * 1024)	/* that go to one member at once: the others wait meanwhile */
+#define LOOK_NS INT64_C(250000000)	/* uptime counts hundredths of a second: in less time they would say little */
+#define CROWDED_IDLE_PART 10	/* processors are short when they are idle for less than one part of so many */
 
 _Static_assert(ANSWER_STANDBY + PROPOSER_STANDBY_BYTES == APPEND_ANSWER, "the layout of a framed AppendResponse");
 
@@ -117,6 +120,8 @@ set_due(ProposerLane *proposer)
 
 	if (proposer->broadcast_due_ns != 0 && (due_ns == 0 || proposer->broadcast_due_ns < due_ns))
 		due_ns = proposer->broadcast_due_ns;
+	if (proposer->gather_due_ns != 0 && (due_ns == 0 || proposer->gather_due_ns < due_ns))
+		due_ns = proposer->gather_due_ns;
 	proposer->lane.due_ns = due_ns;
 	lane_touch(&proposer->lane);
 }
@@ -126,6 +131,72 @@ want(ProposerLane *proposer)
 {
 	proposer->lane.wants = 1;
 	lane_touch(&proposer->lane);
+}
+
+/* --- gathering -------------------------------------------------------------------------------------------------------- */
+
+/* Take a number of hundredths from a text like "12.34 "; 0 when it is none. */
+static size_t
+take_hundredths(const char *text, uint64_t *value)
+{
+	size_t		at = 0,
+				point = 0;
+
+	for (*value = 0; (text[at] >= '0' && text[at] <= '9') || (text[at] == '.' && point == 0); at++)
+	{
+		if (text[at] == '.')
+			point = at;
+		else
+			*value = *value * 10 + (uint64_t) (text[at] - '0');
+	}
+	return point != 0 && at == point + 3 && (text[at] == ' ' || text[at] == '\n') ? at + 1 : 0;
+}
+
+/* Whether the processors were hardly ever idle since the last look, which is a while ago. */
+bool
+proposer_lane_look_at_processors(ProposerLane *proposer, int64_t now_ns)
+{
+	char		text[64];
+	ssize_t		size;
+	size_t		second;
+	uint64_t	up_cs,
+				idle_cs,
+				all_cs;
+
+	if (proposer->uptime < 0 || now_ns - proposer->looked_ns < LOOK_NS)
+		return proposer->crowded;
+	size = pread(proposer->uptime, text, sizeof(text) - 1, 0);
+	text[size > 0 ? size : 0] = 0;
+	if ((second = take_hundredths(text, &up_cs)) == 0 || take_hundredths(text + second, &idle_cs) == 0)
+	{
+		proposer->uptime = -1;	/* not what it should be: never again */
+		proposer->crowded = 0;
+		return false;
+	}
+	all_cs = (up_cs - proposer->up_cs) * proposer->processors;
+	proposer->crowded = proposer->looked_ns != 0 && (idle_cs - proposer->idle_cs) * CROWDED_IDLE_PART < all_cs;
+	proposer->up_cs = up_cs;
+	proposer->idle_cs = idle_cs;
+	proposer->looked_ns = now_ns;
+	return proposer->crowded;
+}
+
+/*
+ * WAL that came while an append was under way waits a little for more, so that its flush serves more commits.  Only when
+ * processors are short: then each append costs time that backends lack, and most of what commits wait for is a processor; on
+ * an idle machine the next append would go at once and waiting would be just that.
+ */
+static void
+gather(ProposerMember *member, int64_t now_ns)
+{
+	ProposerLane *proposer = member->proposer;
+	int64_t		due_ns = member->sent_at_ns + proposer->gather_ns;
+
+	if (proposer->gather_ns == 0 || proposer->gather_due_ns != 0 || member->slot == proposer->lazy || due_ns <= now_ns ||
+		member->sent_lsn == proposer->ring_end || !proposer_lane_look_at_processors(proposer, now_ns))
+		return;
+	proposer->gather_due_ns = due_ns;
+	set_due(proposer);
 }
 
 /* --- to a safekeeper ---------------------------------------------------------------------------------------------------- */
@@ -197,7 +268,7 @@ pump(ProposerLane *proposer, uint32_t slot, bool now, int64_t now_ns)
 					return;
 				}
 			}
-			else if (member->awaiting && pending < APPEND_MOST_BYTES)
+			else if ((member->awaiting || proposer->gather_due_ns != 0) && pending < APPEND_MOST_BYTES)
 				return;
 		}
 		if (member->mode != MEMBER_DIRECT || !lane_sends_directly(&member->lane) || member->sent_lsn < proposer->ring_start ||
@@ -348,6 +419,7 @@ acknowledged(ProposerMember *member, uint64_t flush_lsn, uint64_t commit_lsn)
 		if (proposer->paused)
 			want(proposer);
 	}
+	gather(member, now_ns);
 	pump(proposer, member->slot, false, now_ns);
 }
 
@@ -394,12 +466,18 @@ proposer_lane_member_readable(Lane *lane)
 	return is_part_of_answer(lane->buffer, lane->filled) ? LANE_TOOK : LANE_LEAVES;
 }
 
-/* The lazy member's turn has come, or commits have paused and some members do not know how far they came. */
+/* Enough was gathered, the lazy member's turn has come, or commits have paused and not all members know how far they came. */
 void
 proposer_lane_due(Lane *lane, int64_t now_ns)
 {
 	ProposerLane *proposer = (ProposerLane *) lane;
 
+	if (proposer->gather_due_ns != 0 && proposer->gather_due_ns <= now_ns)
+	{
+		proposer->gather_due_ns = 0;
+		for (uint32_t slot = 0; slot < proposer->members; slot++)
+			pump(proposer, slot, false, now_ns);
+	}
 	if (proposer->lazy_due_ns != 0 && proposer->lazy_due_ns <= now_ns)
 	{
 		proposer->lazy_due_ns = 0;

@@ -62,6 +62,14 @@ struct ProposerLane
 	int64_t		broadcast_ns;
 	int64_t		broadcast_due_ns;
 	int64_t		commit_moved_ns;
+	int64_t		gather_ns;		/* the shortest time between two appends to a member while processors are short; 0: none */
+	int64_t		gather_due_ns;
+	int64_t		looked_ns;		/* at the processors */
+	uint64_t	up_cs;			/* what uptime said then */
+	uint64_t	idle_cs;
+	int32_t		uptime;			/* /proc/uptime, open; -1: whether processors are short is not known, and nothing is gathered */
+	uint32_t	processors;
+	uint32_t	crowded;		/* processors were hardly ever idle of late */
 	uint32_t	generation;
 	uint32_t	members;
 	uint32_t	lazy;			/* the member that is fed late; `members` for none */
@@ -79,6 +87,7 @@ struct ProposerLane
 extern uint64_t proposer_lane_quorum_lsn(const ProposerLane *proposer);
 extern size_t proposer_lane_take_wal(ProposerLane *proposer, const uint8_t *bytes, size_t count);
 extern size_t proposer_lane_take_answers(ProposerMember *member, const uint8_t *bytes, size_t count);
+extern bool proposer_lane_look_at_processors(ProposerLane *proposer, int64_t now_ns);
 extern LaneResult proposer_lane_postgres_readable(Lane *lane);
 extern LaneResult proposer_lane_member_readable(Lane *lane);
 extern void proposer_lane_due(Lane *lane, int64_t now_ns);

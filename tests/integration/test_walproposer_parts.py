@@ -58,6 +58,7 @@ def test_config_and_its_defaults() -> None:
     config = parse_config(GOOD)
     assert config.safekeepers[2] == ("10.0.0.3", 5454)
     assert (config.reconnect_timeout_s, config.connect_timeout_s, config.lazy_s) == (1.0, 10.0, 0.0)
+    assert config.gather_s == 0.0004 and parse_config({**GOOD, "gather_us": 0}).gather_s == 0
     assert config.membership == NO_MEMBERSHIP and config.proposer().use_generations
     one_host = parse_config({**GOOD, "safekeepers": ["h:1", "h:2", "h:3"], "generation": 0})
     assert one_host.lazy_s == 0.01 and not one_host.proposer().use_generations
@@ -77,6 +78,7 @@ def test_config_and_its_defaults() -> None:
         ({"generation": True}, "generation"),
         ({"pg_version": "15"}, "pg_version"),
         ({"pg_version": 15}, "pg_version"),
+        ({"gather_us": 100_001}, "gather_us is a number from 0 to 100000"),
         ({"bootstrap_lsn": "zero"}, "zero"),
         ({"membership": {"generation": 2, "members": []}}, "no members"),
         ({"safekeeper": []}, "unknown key 'safekeeper'"),

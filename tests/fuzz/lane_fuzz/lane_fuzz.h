@@ -28,6 +28,7 @@ typedef struct Seen
 				statuses,
 				sends_cut,
 				rings_round,
+				gathered,
 				left_to_python;
 } Seen;
 

@@ -95,7 +95,8 @@ main(int argc, char **argv)
 	free(corpus);
 	if (iterations >= 1000)
 		require(seen.appends && seen.commits && seen.failed_writes && seen.not_wal && seen.answers_unsent && seen.wal_taken &&
-				seen.answers_taken && seen.statuses && seen.sends_cut && seen.rings_round && seen.left_to_python,
+				seen.answers_taken && seen.statuses && seen.sends_cut && seen.rings_round && seen.gathered &&
+				seen.left_to_python,
 				"something of what the lanes do never happened");
 	(void) printf("%lu inputs\n", iterations);
 	return 0;

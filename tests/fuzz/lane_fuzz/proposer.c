@@ -4,8 +4,10 @@
  * It checks after each wait that the lent state says what the lanes did, and nothing that did not come: positions, commit_lsn,
  * what is due, and who will do what the lanes have not; from time to time the ring; and in the end that nothing got lost.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "proposer.h"
@@ -14,13 +16,60 @@
 #define BEFORE (64 * 1024)		/* WAL that was there before the ring */
 #define BEGIN_LSN UINT64_C(0x12345678)
 
+/* The machine's processors were idle for more or less, as /proc/uptime says. */
+static void
+time_passes(Proposal *run)
+{
+	char		text[64];
+	uint64_t	before_cs = clock_ns / 10000000,
+				passed_cs;
+	int			size;
+
+	if (one_in(20))
+		clock_ns += below(400000000);
+	passed_cs = clock_ns / 10000000 - before_cs;
+	run->idle_cs += passed_cs * run->proposer.processors * below(one_in(2) ? 4 : 40) / 40;
+	size = snprintf(text, sizeof(text), "%lu.%02lu %lu.%02lu\n", clock_ns / 1000000000, clock_ns / 10000000 % 100,
+					run->idle_cs / 100, run->idle_cs % 100);
+	if (one_in(1000))
+		mutate((uint8_t *) text, (size_t) size);
+	require(ftruncate(run->uptime, 0) == 0 && pwrite(run->uptime, text, (size_t) size, 0) == size, "cannot write uptime");
+	run->up_cs = clock_ns / 10000000;
+}
+
+/* What the proposer believes about the processors is what uptime said at its last two looks. */
+static void
+check_look(Proposal *run)
+{
+	const ProposerLane *proposer = &run->proposer;
+
+	if (proposer->uptime < 0)
+	{
+		require(!proposer->crowded, "processors are short, and nobody knows");
+		run->crowded = false;
+	}
+	else if (proposer->looked_ns != run->looked_ns)
+	{
+		require(run->looked_ns == 0 || proposer->looked_ns - run->looked_ns >= 250000000, "looked too often");
+		run->crowded = run->looked_ns != 0 &&
+			(run->idle_cs - run->looked_idle_cs) * 10 < (run->up_cs - run->looked_up_cs) * proposer->processors;
+		if (proposer->idle_cs != run->idle_cs || proposer->up_cs != run->up_cs)
+			run->crowded = proposer->crowded;	/* a text that was mutated */
+		run->looked_ns = proposer->looked_ns;
+		run->looked_idle_cs = proposer->idle_cs;
+		run->looked_up_cs = proposer->up_cs;
+	}
+	require(proposer->crowded == run->crowded, "another shortage of processors than uptime tells");
+}
+
 /* Whatever came, the lent state must now say what the lanes did. */
 static void
-check_state(const Proposal *run, uint64_t before_end_lsn, uint64_t before_commit_lsn)
+check_state(Proposal *run, uint64_t before_end_lsn, uint64_t before_commit_lsn)
 {
 	const ProposerLane *proposer = &run->proposer;
 	uint64_t	flush_lsns[MOST_MEMBERS];
 
+	check_look(run);
 	require(proposer->ring_end >= before_end_lsn && proposer->ring_end <= run->model_end_lsn, "WAL is taken that did not come");
 	if (proposer->ring_end != before_end_lsn)
 	{
@@ -42,15 +91,28 @@ check_state(const Proposal *run, uint64_t before_end_lsn, uint64_t before_commit
 		require(member->sent_lsn == run->safekeepers[i].lent_sent_lsn || member->told_commit_lsn >= before_commit_lsn,
 				"an append counts as one that told of less");
 		require(proposer->ring_end == before_end_lsn || member->sent_lsn == proposer->ring_end || member->awaiting ||
-				member->mode == MEMBER_CLOSED || (proposer->lazy == i && proposer->lazy_due_ns != 0) || proposer->pump >> i & 1,
+				member->mode == MEMBER_CLOSED || (proposer->lazy == i && proposer->lazy_due_ns != 0) ||
+				(proposer->gather_due_ns != 0 && proposer->ring_end - member->sent_lsn < APPEND_MOST_BYTES) ||
+				proposer->pump >> i & 1,
 				"nobody will send a member what has come");
 		require(member->told_commit_lsn <= proposer->commit_lsn, "a member was told of more than is committed");
 	}
 	require(proposer->commit_lsn == max_u64(before_commit_lsn, sorted_quorum_lsn(proposer, flush_lsns)),
 			"another commit_lsn than the acknowledgements say");
 	seen.commits += proposer->commit_lsn > before_commit_lsn;
-	require((uint64_t) proposer->lane.due_ns == min_u64(U(proposer->lazy_due_ns) - 1, U(proposer->broadcast_due_ns) - 1) + 1,
+	require((uint64_t) proposer->lane.due_ns == min_u64(U(proposer->gather_due_ns) - 1,
+														min_u64(U(proposer->lazy_due_ns) - 1,
+																U(proposer->broadcast_due_ns) - 1)) + 1,
 			"another time is due than the first");
+	require(proposer->gather_due_ns == 0 ||
+			(proposer->gather_due_ns > run->waits_ns && proposer->gather_due_ns < (int64_t) clock_ns + proposer->gather_ns),
+			"gathering takes longer than was said");
+	if (proposer->gather_due_ns != 0 && proposer->gather_due_ns != run->gather_due_ns)
+	{
+		require(run->crowded, "WAL waits for more although processors are idle");
+		seen.gathered++;
+	}
+	run->gather_due_ns = proposer->gather_due_ns;
 	if (proposer->commit_lsn > before_commit_lsn)
 		require(proposer->broadcast_due_ns != 0 || proposer->broadcast_due, "commit_lsn moved, and nobody will tell the members");
 	if (proposer->commit_lsn > before_commit_lsn)
@@ -167,6 +229,10 @@ begin_proposal(Proposal *run)
 	proposer->lazy_ns = 1 + below(2000000);
 	proposer->lazy_bytes = one_in(3) ? 1000 : 50000;
 	proposer->broadcast_ns = 1 + below(1000000);
+	proposer->gather_ns = one_in(3) ? 0 : below(one_in(2) ? 2000000 : 50000000);
+	proposer->processors = 1 + below(8);
+	proposer->uptime = run->uptime = memfd_create("uptime", 0);
+	require(run->uptime >= 0, "no place for uptime");
 	proposer->lazy = one_in(2) ? proposer->members : below(proposer->members);
 	run->told_lsn = run->first_lsn;
 	open_link(&run->postgres, run->loop, run->epoll_fd, &proposer->lane, proposer_lane_postgres_readable, proposer_lane_due,
@@ -202,6 +268,7 @@ end_proposal(Proposal *run)
 	lane_loop_free(run->loop);
 	require(run->proposer.lane.loop == NULL, "a lane of a loop that is no more");
 	(void) close(run->epoll_fd);
+	(void) close(run->uptime);
 	release(&run->xlog.wire);
 	release(&run->reference);
 	release(&run->statuses);
@@ -237,6 +304,8 @@ fuzz_proposer(void)
 				safekeeper_answers(&run, &run.safekeepers[i]);
 		}
 		lend(&run);
+		time_passes(&run);
+		run.waits_ns = (int64_t) clock_ns;
 		count = wait_for_events(run.loop, found, one_in(10) ? 1 : MOST_LINKS);
 		settle(&run, end_lsn, commit_lsn);
 		python_takes_wal(&run);

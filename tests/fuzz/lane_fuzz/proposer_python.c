@@ -113,7 +113,10 @@ python_takes_wal(Proposal *run)
 	if (run->xlog.mutated && (run->xlog.broken || run->idle > 20) && one_in(4))
 	{
 		lose_wire(&run->xlog, &run->postgres);
-		proposer->lazy_due_ns = proposer->broadcast_due_ns = 0; /* as ProposerLanes.lend() without Postgres */
+		/* as ProposerLanes.lend() without Postgres */
+		for (uint32_t i = 0; proposer->gather_due_ns != 0 && i < proposer->members; i++)
+			python_pump(run, &run->safekeepers[i]);
+		proposer->gather_due_ns = proposer->lazy_due_ns = proposer->broadcast_due_ns = 0;
 		run->next_lsn = run->model_end_lsn = proposer->ring_end;
 		run->progress = true;
 	}

@@ -2,10 +2,12 @@
 
 import asyncio
 import ctypes
+import os
 import random
 import socket
 import struct
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -399,6 +401,98 @@ def test_members_hear_of_a_commit_that_no_append_tells() -> None:
         for slot in range(3):
             told = await eventually(lambda slot=slot: [a for a in bench.appends(slot) if a.commit_lsn == end], "a heartbeat")
             assert told[-1].begin_lsn == told[-1].end_lsn == end
+        await bench.close()
+
+    run(scenario())
+
+
+def _processors(bench: Bench, uptime: Path, busy: float) -> None:
+    """The processors of this machine were busy for so long since the lanes looked last."""
+    uptime.write_text(f"1000.00 {(1 - busy) * 1000:.2f}\n")
+    c = bench.lanes.c
+    os.close(c.uptime)
+    bench.lanes._uptime = c.uptime = os.open(uptime, os.O_RDONLY)
+    c.processors, c.looked_ns, c.up_cs, c.idle_cs = 1, 1, 0, 0
+    c.gather_ns = 3600 * 10**9  # until the test says so
+
+
+async def _commit_with_more_wal_behind(bench: Bench) -> int:
+    """A first commit; WAL that came while its appends were under way is in the ring. Where the first one ends."""
+    await bench.send_wal(b"a" * 100)
+    first = START + 100
+    for slot in (0, 1):
+        await eventually(lambda slot=slot: bench.member_has(slot) == first, "the append", interval=0)
+    await bench.send_wal(b"b" * 100)
+    await eventually(lambda: bench.ring.end == first + 100, "more WAL", interval=0)
+    for slot in (0, 1):
+        await bench.answer(slot, first)
+    await eventually(lambda: bench.statuses()[-1:] == [first], "the commit", interval=0)
+    return first
+
+
+def test_what_came_in_the_meantime_is_gathered_while_processors_are_short(tmp_path: Path) -> None:
+    """It waits for more, and is one append with it; what comes when nothing is under way goes at once."""
+
+    async def scenario() -> None:
+        bench = await Bench(lazy_ms=10).connect()
+        bench.proposer.lazy_slot = 2
+        _processors(bench, tmp_path / "uptime", busy=0.95)
+        c = bench.lanes.c
+        first = await _commit_with_more_wal_behind(bench)
+        await bench.send_wal(b"c" * 100)
+        end = first + 200
+        await eventually(lambda: bench.ring.end == end, "more WAL", interval=0)
+        assert c.gather_due_ns > 0
+        assert [bench.member_has(slot) for slot in (0, 1)] == [first] * 2
+        c.gather_due_ns = bench.lanes.postgres.base.due_ns = 1
+        for slot in (0, 1):
+            appends = await eventually(lambda slot=slot: bench.appends(slot), "the append", interval=0)
+            assert [(a.begin_lsn, a.end_lsn) for a in appends] == [(first, end)]
+            await bench.answer(slot, end)
+        await eventually(lambda: bench.statuses()[-1:] == [end], "the commit", interval=0)
+        assert c.gather_due_ns == 0
+        await bench.send_wal(b"d" * 100)
+        for slot in (0, 1):
+            await eventually(lambda slot=slot: bench.member_has(slot) == end + 100, "the append", interval=0)
+        await bench.close()
+
+    run(scenario())
+
+
+def test_nothing_is_gathered_while_processors_are_idle(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        bench = await Bench().connect()
+        _processors(bench, tmp_path / "uptime", busy=0.85)
+        first = await _commit_with_more_wal_behind(bench)
+        for slot in (0, 1):
+            await eventually(lambda slot=slot: bench.member_has(slot) == first + 100, "the append", interval=0)
+        assert (bench.lanes.c.looked_ns > 1, bench.lanes.c.gather_due_ns) == (True, 0)
+        await bench.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("text", ["", "up for ever\n", "12.34\n", "12.3 4.56\n", "1.234 5.67\n"])
+def test_a_strange_uptime_gathers_nothing(tmp_path: Path, text: str) -> None:
+    c = CProposerLane()
+    path = tmp_path / "uptime"
+    path.write_text(text)
+    with path.open() as file:
+        c.uptime, c.looked_ns, c.crowded, c.processors = file.fileno(), 1, 1, 1
+        assert not library().proposer_lane_look_at_processors(ctypes.addressof(c), 10**9)
+        assert (c.crowded, c.uptime) == (0, -1)
+
+
+def test_what_was_gathered_is_sent_when_the_lanes_stop(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        bench = await Bench().connect()
+        _processors(bench, tmp_path / "uptime", busy=1)
+        first = await _commit_with_more_wal_behind(bench)
+        await eventually(lambda: bench.lanes.c.gather_due_ns > 0, "gathering", interval=0)
+        bench.lanes.postgres.detach()
+        for slot in (0, 1):
+            await eventually(lambda slot=slot: bench.member_has(slot) == first + 100, "the append, by Python's way")
+        assert bench.lanes.c.gather_due_ns == 0
         await bench.close()
 
     run(scenario())
