@@ -325,12 +325,45 @@ take_record(WalStream *stream, const uint8_t *data, size_t len)
 	return (int64_t) n;
 }
 
+/*
+ * Most records are here in full and on one page: they are taken in one step, with the padding behind them.  0 when this one is
+ * not like that, or is no record: then the other way finds out which.
+ */
+static int64_t
+take_whole_record(WalStream *stream, const uint8_t *data, uint64_t in_page)
+{
+	uint32_t	total;
+	uint64_t	padding;
+
+	if (in_page < WAL_RECORD_HEADER)
+		return 0;
+	total = get_u32(data);
+	if (total < WAL_RECORD_HEADER || total > in_page)
+		return 0;
+	if (begin_record(stream) < 0)
+		return -1;
+	memcpy(stream->record_header, data, WAL_RECORD_HEADER);
+	stream->record_len = stream->record_have = total;
+	if (stream->verify_crc)
+		stream->crc = crc32c_extend(stream->crc, data + WAL_RECORD_HEADER, total - WAL_RECORD_HEADER);
+	if (stream->sink->bytes(stream, stream->owner, data, total) < 0)
+		return -1;
+	advance(stream, total);
+	if (finish_record(stream) < 0)
+		return -1;
+	padding = min_u64(align8(stream->position) - stream->position, in_page - total);
+	if (padding != 0)
+		advance(stream, padding);
+	return (int64_t) (total + padding);
+}
+
 /* One step inside a page: tail of an old record, padding, or record bytes; number consumed, or -1. */
 static int64_t
 take_body(WalStream *stream, const uint8_t *data, size_t len)
 {
 	uint64_t	in_page = min_u64(len, WAL_PAGE_SIZE - stream->position % WAL_PAGE_SIZE);
 	uint64_t	n;
+	int64_t		taken;
 
 	if (stream->tail_left != 0)
 	{
@@ -350,6 +383,9 @@ take_body(WalStream *stream, const uint8_t *data, size_t len)
 		advance(stream, n);
 		return (int64_t) n;
 	}
+	taken = take_whole_record(stream, data, in_page);
+	if (taken != 0)
+		return taken;
 	if (begin_record(stream) < 0)
 		return -1;
 	return take_record(stream, data, len);
