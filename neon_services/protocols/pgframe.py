@@ -214,6 +214,11 @@ class FrameConnection(asyncio.BufferedProtocol):
             self.sent_bytes += len(data)
             self.transport.write(data)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether drain() would return at once."""
+        return self._writable.is_set() and not self.closed
+
     async def drain(self) -> None:
         """Wait until the send buffer has room. Raises ConnectionResetError when the connection is gone."""
         await self._writable.wait()

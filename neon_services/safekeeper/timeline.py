@@ -37,6 +37,7 @@ from neon_services.safekeeper.wal_reader import WalReader
 Result = TypeVar("Result")
 
 RESIDENCE_TIMEOUT_S = 30.0
+FEEDBACK_S = 0.1  # so often at most computes hear of the progress of pageservers
 
 
 class Timeline(TimelineStorage):
@@ -70,6 +71,8 @@ class Timeline(TimelineStorage):
         self.ps_feedback_count = 0
         self.ps_corruption_detected = False
         self.last_ps_feedback: PageserverFeedback | None = None
+        self._untold_feedback: dict[int, PageserverFeedback] = {}  # by shard
+        self._feedback_rests = False
         #: Called whenever something moved; the manager looks at the timeline soon after.
         self.on_change: Callable[[Timeline], None] = lambda _: None
         self._seen = (INVALID_LSN, INVALID_LSN, 0)
@@ -264,11 +267,23 @@ class Timeline(TimelineStorage):
         if feedback.remote_consistent_lsn > acceptor.remote_consistent_lsn:
             acceptor.remote_consistent_lsn = feedback.remote_consistent_lsn
             self.on_change(self)
+        self._untold_feedback[feedback.shard_number] = feedback
+        if not self._feedback_rests:
+            self._hand_on_feedback()
+
+    def _hand_on_feedback(self) -> None:
+        """Computes use it to slow down, and to show it: each message of it costs them more than a commit."""
+        told, self._untold_feedback = self._untold_feedback, {}
+        acceptor = self.acceptor
         for receiver in self.receivers.values():
             if acceptor.is_streaming(receiver.proposer):
-                response = acceptor.append_response()
-                response.pageserver_feedback = feedback
-                receiver.send(receiver.pack(response))
+                for feedback in told.values():
+                    response = acceptor.append_response()
+                    response.pageserver_feedback = feedback
+                    receiver.send(receiver.pack(response))
+        self._feedback_rests = bool(told)
+        if told:
+            asyncio.get_running_loop().call_later(FEEDBACK_S, self._hand_on_feedback)
 
     def standby_feedback_changed(self) -> None:
         """A replica reported or left: what all of them need goes into the next answer to the compute."""

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_INTERVAL_S = 1.0
 IDLE_TIMEOUT_S = 600.0
-PAGESERVER_REST_S = 0.01
+PAGESERVER_REST_S = 0.008  # less than TELL_S of the append lane: what it tells next can go at once, without a timer
 _TARGETS = {"pageserver", "replica", "standby", "wal_proposer_recovery", "walproposer", "safekeeper"}
 _PAUSE_SEND = failpoints.declare("sk-pause-send")  # everybody but pageservers gets no WAL
 _REPLICA_SLEEP = failpoints.declare("sk-send-wal-replica-sleep", can_wait=True)  # return(ms): after each message
@@ -65,7 +65,11 @@ class WalSender:
         self._failure: NeonError | None = None
         self._heard_at = time.monotonic()
         self._position = INVALID_LSN  # everything below has been sent
-        self._resting = False
+        self._resting = False  # a timer will look whether there is more
+        self._sent_at = 0.0
+        self._waiting_since = 0.0
+        self._alarm: asyncio.TimerHandle | None = None  # of the next keepalive
+        self._quiet = False  # it rang
         self._loop = asyncio.get_running_loop()
         self._state = WalSenderState(timeline.ttid, connection.peer, appname, wake=self._wake, close=self._on_end)
 
@@ -86,6 +90,8 @@ class WalSender:
             await self._stream_from(start)
         finally:
             ended.cancel()
+            if self._alarm is not None:
+                self._alarm.cancel()
             gauge.dec()
             del timeline.senders[self._state.conn_id]
             timeline.standby_feedback_changed()
@@ -127,21 +133,33 @@ class WalSender:
                 end = self._position
             if self._position < end:
                 await self._send(reader, end)
-                self._rest()
+                self._sent_at = self._loop.time()
             await self._wait_for_news(self._position)
 
     async def _wait_for_news(self, position: Lsn) -> None:
         """Until something may have changed; after a second without news, see whether the stream ends and say that we live."""
-        try:
-            async with asyncio.timeout(KEEPALIVE_INTERVAL_S):
-                await self._news.wait()
-        except TimeoutError:
+        self._waiting_since = self._loop.time()
+        if self._alarm is None:
+            self._alarm = self._loop.call_later(KEEPALIVE_INTERVAL_S, self._ring)
+        await self._news.wait()
+        if self._quiet:
+            self._quiet = False
             self._end_if_caught_up(position)
             if time.monotonic() - self._heard_at > IDLE_TIMEOUT_S:
                 raise NeonError(f"nothing received for {IDLE_TIMEOUT_S:.0f} s") from None
             now = to_postgres_us(time.time_ns() // 1000)
             self._connection.send_copy_data(Keepalive(self._end_position(), now, True).pack())
             await self._drain()
+
+    def _ring(self) -> None:
+        """One timer for all waits: news are frequent, and each would make and cancel one."""
+        quiet_s = self._loop.time() - self._waiting_since
+        if quiet_s < KEEPALIVE_INTERVAL_S:
+            self._alarm = self._loop.call_later(KEEPALIVE_INTERVAL_S - quiet_s, self._ring)
+            return
+        self._alarm = None
+        self._quiet = True
+        self._news.set()
 
     async def _send(self, reader: WalReader, end: Lsn) -> None:
         timeline, connection = self._timeline, self._connection
@@ -160,26 +178,34 @@ class WalSender:
                 hit = await _REPLICA_SLEEP.reach()
                 await _REPLICA_SLEEP.wait_ms(None if hit is None else hit.value)
 
-    def _rest(self) -> None:
-        if self._state.pageserver is not None and self._term is None and not self._resting:
-            self._resting = True
-            self._loop.call_later(PAGESERVER_REST_S, self._end_rest)
-
     def _end_rest(self) -> None:
         self._resting = False
         if self._timeline.acceptor.commit_lsn > self._position:
             self._news.set()
 
     def _wake(self) -> None:
-        """A position moved: not worth a sending of its own when there was one just now."""
-        if not self._resting or self._timeline.acceptor.commit_lsn - self._position >= MAX_XLOG_DATA_BYTES:
+        """A position moved: for a pageserver not worth a sending of its own when there was one just now."""
+        if (
+            self._state.pageserver is None
+            or self._term is not None
+            or self._timeline.acceptor.commit_lsn - self._position >= MAX_XLOG_DATA_BYTES
+        ):
             self._news.set()
+        elif not self._resting:
+            rest_s = self._sent_at + PAGESERVER_REST_S - self._loop.time()
+            if rest_s <= 0:
+                self._news.set()
+            else:
+                self._resting = True
+                self._loop.call_later(rest_s, self._end_rest)
 
     def _is_held_back(self) -> bool:
         is_pageserver = (self._appname or "").split("-")[0] == "pageserver"
         return not is_pageserver and _PAUSE_SEND.hit() is not None
 
     async def _drain(self) -> None:
+        if self._connection.has_room:
+            return
         try:
             async with asyncio.timeout(IDLE_TIMEOUT_S):
                 await self._connection.drain()

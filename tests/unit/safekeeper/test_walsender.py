@@ -1,4 +1,7 @@
-"""A reader's stream: a pageserver gets what comes soon after the last sending together, a replica gets everything at once."""
+"""A reader's stream: a pageserver gets what comes soon after the last sending together, a replica gets everything at once.
+
+And what computes hear of a pageserver's feedback.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -12,13 +15,15 @@ from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.replication_stream import StandbyStatus, XLogData, pack_pageserver_feedback, parse_sender_message
-from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP
-from neon_services.safekeeper import walsender
+from neon_services.protocols.safekeeper_messages import NO_MEMBERSHIP, AppendResponse, parse_acceptor_message
+from neon_services.safekeeper import timeline, walsender
+from neon_services.safekeeper.connections import WalReceiverState
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.walsender import WalSender
 from tests.unit.safekeeper.test_snapshot import SEGMENT, START, SmallLeader, append_all
 from tests.unit.safekeeper.test_timelines import TTID
 from tests.unit.safekeeper.walmaker import PG_VERSION, SYSTEM_ID, WalMaker
+from tests.waiting import eventually
 
 
 class Reader:
@@ -26,6 +31,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.peer = "127.0.0.1:1"
+        self.has_room = True
         self.copy_sink: Any = None
         self.sender: WalSender
         self.streaming = asyncio.Event()
@@ -134,3 +140,81 @@ async def test_a_resting_stream_ends_at_once(leader: SmallLeader, monkeypatch: p
     with pytest.raises(NeonError, match="being deleted"):
         async with asyncio.timeout(5):
             await task
+
+
+async def test_a_quiet_stream_says_that_it_lives_and_a_busy_one_does_not(
+    leader: SmallLeader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walsender, "KEEPALIVE_INTERVAL_S", 0.05)
+    wal = WalMaker(START, SEGMENT).records(40)
+    made = Reader()
+    keepalives: list[float] = []
+    loop = asyncio.get_running_loop()
+    made.send_copy_data = lambda _: keepalives.append(loop.time())  # type: ignore[method-assign]
+    sender = WalSender(leader.timeline, made, "pageserver-1", None)  # type: ignore[arg-type]
+    task = asyncio.create_task(sender.run(START))
+    await made.streaming.wait()
+    begun = loop.time()
+    await eventually(lambda: len(keepalives) == 2, "two keepalives")
+    assert keepalives[0] - begun >= 0.05 and keepalives[1] - keepalives[0] >= 0.05
+    # news begin the time anew: the alarm is not moved, but finds out
+    commit(leader, wal, wal.record_ends[0])
+    await made.next()
+    sender._waiting_since = loop.time() + 3600
+    rung = len(keepalives)
+    sender._ring()
+    assert len(keepalives) == rung and not sender._quiet
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert sender._alarm is not None and sender._alarm.cancelled()
+
+
+async def test_news_after_a_rest_go_at_once(leader: SmallLeader, reader: Reader) -> None:
+    wal = WalMaker(START, SEGMENT).records(3)
+    reader.copy_sink(memoryview(pack_pageserver_feedback(PageserverFeedback())))
+    commit(leader, wal, wal.record_ends[0])
+    await reader.next()
+    reader.sender._sent_at -= 3600
+    commit(leader, wal, wal.record_ends[1])
+    assert (await reader.next()).start_lsn == wal.record_ends[0]
+    assert not reader.sender._resting
+
+
+async def test_computes_hear_of_pageservers_at_once_and_then_seldom(
+    leader: SmallLeader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last word of each shard is what they hear after a rest."""
+    monkeypatch.setattr(timeline, "FEEDBACK_S", 3600.0)
+    ours = leader.timeline
+    heard: list[tuple[int, int]] = []
+
+    def send(data: bytes) -> None:
+        message = parse_acceptor_message(memoryview(data))
+        assert isinstance(message, AppendResponse) and message.pageserver_feedback is not None
+        heard.append((message.pageserver_feedback.shard_number, message.pageserver_feedback.last_received_lsn))
+
+    receiver = WalReceiverState(send=send, close=lambda _: None, proposer=leader.connection)
+    ours.receivers[receiver.conn_id] = receiver
+    ours.pageserver_feedback(PageserverFeedback(last_received_lsn=Lsn(1)))
+    assert heard == [(0, 1)]
+    for lsn in (2, 3):
+        for shard in (0, 1):
+            ours.pageserver_feedback(PageserverFeedback(last_received_lsn=Lsn(lsn + 10 * shard), shard_number=shard))
+    assert (heard, ours.ps_feedback_count) == ([(0, 1)], 5)
+    assert ours.last_ps_feedback is not None and ours.last_ps_feedback.last_received_lsn == 13
+    ours._hand_on_feedback()  # the rest is over
+    assert sorted(heard[1:]) == [(0, 3), (1, 13)]
+    ours._hand_on_feedback()
+    assert len(heard) == 3
+    ours.pageserver_feedback(PageserverFeedback(last_received_lsn=Lsn(4)))
+    assert heard[3:] == [(0, 4)]
+
+
+async def test_feedback_that_waits_is_handed_on_by_itself(leader: SmallLeader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline, "FEEDBACK_S", 0.001)
+    heard: list[bytes] = []
+    receiver = WalReceiverState(send=heard.append, close=lambda _: None, proposer=leader.connection)
+    leader.timeline.receivers[receiver.conn_id] = receiver
+    leader.timeline.pageserver_feedback(PageserverFeedback())
+    leader.timeline.pageserver_feedback(PageserverFeedback())
+    await eventually(lambda: len(heard) == 2, "the second one")
