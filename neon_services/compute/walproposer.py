@@ -9,7 +9,7 @@ Invariants:
 
 Speed: small appends wait for the answer to the one before and then go as one (group commit at the proposer). Every commit waits
 for what ``on_wal`` and ``acknowledged`` do, so they do what it waits for first and in few steps. While processors are short,
-the lanes let up to ``gather_s`` pass between two small appends.
+what came while an append was under way may wait until ``gather_s`` after it.
 """
 
 import asyncio

@@ -53,7 +53,7 @@ class WalProposerConfig:
     connect_timeout_s: float
     #: How late the member that the quorum does not need may get small appends; 0 = never late.
     lazy_s: float
-    #: The shortest time between two small appends to a member while processors are short; 0 = none.
+    #: For so long after an append small WAL that came meanwhile may wait for more, while processors are short; 0 = not at all.
     gather_s: float
     ring_bytes: int
     #: How connections to safekeepers are protected: ``sslmode`` and ``sslrootcert`` of safekeeper_conninfo_options.

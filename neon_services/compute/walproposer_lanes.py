@@ -32,10 +32,10 @@ _NOBODY = (1 << 64) - 1
 _CLOSED, _DIRECT, _PYTHON = range(3)
 
 
-def _open_uptime() -> int:
+def _open_statistics() -> int:
     """Where the lanes see whether processors are short; -1 where that is not to be known."""
     try:
-        return os.open("/proc/uptime", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open("/proc/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return -1
 
@@ -97,8 +97,8 @@ class ProposerLanes:
         self.postgres.base.due = function_address(compiled.proposer_lane_due)
         c.members = len(self.members)
         c.lazy_ns, c.lazy_bytes, c.broadcast_ns = int(lazy_s * 1e9), lazy_bytes, int(broadcast_s * 1e9)
-        c.gather_ns, c.processors = int(gather_s * 1e9), os.cpu_count() or 1
-        self._uptime = c.uptime = _open_uptime()
+        c.gather_ns = int(gather_s * 1e9)
+        self._statistics = c.statistics = _open_statistics()
         c.postgres_epoch_us = -to_postgres_us(0)
         for slot, lane in enumerate(self.members):
             lane.base.readable = function_address(compiled.proposer_lane_member_readable)
@@ -111,10 +111,10 @@ class ProposerLanes:
         """Nothing is lent any more."""
         self._lent = False
         self._selector.before_wait.remove(self.lend)
-        self.c.uptime = -1
-        if self._uptime >= 0:
-            os.close(self._uptime)
-            self._uptime = -1
+        self.c.statistics = -1
+        if self._statistics >= 0:
+            os.close(self._statistics)
+            self._statistics = -1
         for lane in (self.postgres, *self.members):
             lane.detach()
 

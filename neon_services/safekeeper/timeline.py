@@ -274,6 +274,9 @@ class Timeline(TimelineStorage):
     def _hand_on_feedback(self) -> None:
         """Computes use it to slow down, and to show it: each message of it costs them more than a commit."""
         told, self._untold_feedback = self._untold_feedback, {}
+        self._feedback_rests = bool(told)
+        if told:
+            asyncio.get_running_loop().call_later(FEEDBACK_S, self._hand_on_feedback)
         acceptor = self.acceptor
         for receiver in self.receivers.values():
             if acceptor.is_streaming(receiver.proposer):
@@ -281,9 +284,6 @@ class Timeline(TimelineStorage):
                     response = acceptor.append_response()
                     response.pageserver_feedback = feedback
                     receiver.send(receiver.pack(response))
-        self._feedback_rests = bool(told)
-        if told:
-            asyncio.get_running_loop().call_later(FEEDBACK_S, self._hand_on_feedback)
 
     def standby_feedback_changed(self) -> None:
         """A replica reported or left: what all of them need goes into the next answer to the compute."""

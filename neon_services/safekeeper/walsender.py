@@ -10,6 +10,7 @@ each, more than the commit.
 
 import asyncio
 import logging
+import math
 import time
 
 from neon_services.ground import failpoints
@@ -66,7 +67,7 @@ class WalSender:
         self._heard_at = time.monotonic()
         self._position = INVALID_LSN  # everything below has been sent
         self._resting = False  # a timer will look whether there is more
-        self._sent_at = 0.0
+        self._sent_at = -math.inf
         self._waiting_since = 0.0
         self._alarm: asyncio.TimerHandle | None = None  # of the next keepalive
         self._quiet = False  # it rang
@@ -139,6 +140,7 @@ class WalSender:
     async def _wait_for_news(self, position: Lsn) -> None:
         """Until something may have changed; after a second without news, see whether the stream ends and say that we live."""
         self._waiting_since = self._loop.time()
+        self._quiet = False  # it rang while WAL was sent
         if self._alarm is None:
             self._alarm = self._loop.call_later(KEEPALIVE_INTERVAL_S, self._ring)
         await self._news.wait()

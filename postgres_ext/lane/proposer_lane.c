@@ -19,7 +19,9 @@
 #define XLOG_MOST (1 << 20)		/* a longer message is Python's */
 #define ANSWER_WEIGHT 16
 #define BURST_BYTES (1024 * 1024)	/* that go to one member at once: the others wait meanwhile */
-#define LOOK_NS INT64_C(250000000)	/* uptime counts hundredths of a second: in less time they would say little */
+#define LOOK_NS INT64_C(250000000)	/* the statistics count hundredths of a second: in less time they would say little */
+#define IDLE 3					/* fields of the statistics */
+#define IOWAIT 4
 #define CROWDED_IDLE_PART 10	/* processors are short when they are idle for less than one part of so many */
 
 _Static_assert(ANSWER_STANDBY + PROPOSER_STANDBY_BYTES == APPEND_ANSWER, "the layout of a framed AppendResponse");
@@ -135,48 +137,56 @@ want(ProposerLane *proposer)
 
 /* --- gathering -------------------------------------------------------------------------------------------------------- */
 
-/* Take a number of hundredths from a text like "12.34 "; 0 when it is none. */
-static size_t
-take_hundredths(const char *text, uint64_t *value)
+/* The next number of this text, or -1 when there is none. */
+static int64_t
+take_number(const char **text)
 {
-	size_t		at = 0,
-				point = 0;
+	int64_t		value = 0;
 
-	for (*value = 0; (text[at] >= '0' && text[at] <= '9') || (text[at] == '.' && point == 0); at++)
-	{
-		if (text[at] == '.')
-			point = at;
-		else
-			*value = *value * 10 + (uint64_t) (text[at] - '0');
-	}
-	return point != 0 && at == point + 3 && (text[at] == ' ' || text[at] == '\n') ? at + 1 : 0;
+	while (**text == ' ')
+		(*text)++;
+	if (**text < '0' || **text > '9')
+		return -1;
+	for (; **text >= '0' && **text <= '9'; (*text)++)
+		value = (int64_t) ((uint64_t) value * 10 + (uint64_t) (**text - '0')) & INT64_MAX;
+	return value;
 }
 
-/* Whether the processors were hardly ever idle since the last look, which is a while ago. */
+/*
+ * Whether the processors were hardly ever idle since the last look, which is a while ago.  The statistics begin with "cpu" and
+ * the ticks of user, nice, system, idle, iowait, irq, softirq and steal; a processor whose tasks wait for a disk is idle.
+ */
 bool
 proposer_lane_look_at_processors(ProposerLane *proposer, int64_t now_ns)
 {
-	char		text[64];
+	char		text[256];
+	const char *at = text + 3;
 	ssize_t		size;
-	size_t		second;
-	uint64_t	up_cs,
-				idle_cs,
-				all_cs;
+	uint64_t	all_ticks = 0,
+				idle_ticks = 0;
 
-	if (proposer->uptime < 0 || now_ns - proposer->looked_ns < LOOK_NS)
+	if (proposer->statistics < 0 || now_ns - proposer->looked_ns < LOOK_NS)
 		return proposer->crowded;
-	size = pread(proposer->uptime, text, sizeof(text) - 1, 0);
+	size = pread(proposer->statistics, text, sizeof(text) - 1, 0);
 	text[size > 0 ? size : 0] = 0;
-	if ((second = take_hundredths(text, &up_cs)) == 0 || take_hundredths(text + second, &idle_cs) == 0)
+	for (int field = 0; field < 8; field++)
 	{
-		proposer->uptime = -1;	/* not what it should be: never again */
-		proposer->crowded = 0;
-		return false;
+		int64_t		ticks = size > 3 && memcmp(text, "cpu ", 4) == 0 ? take_number(&at) : -1;
+
+		if (ticks < 0)
+		{
+			proposer->statistics = -1;	/* not what they should be: never again */
+			proposer->crowded = 0;
+			return false;
+		}
+		all_ticks += (uint64_t) ticks;
+		if (field == IDLE || field == IOWAIT)
+			idle_ticks += (uint64_t) ticks;
 	}
-	all_cs = (up_cs - proposer->up_cs) * proposer->processors;
-	proposer->crowded = proposer->looked_ns != 0 && (idle_cs - proposer->idle_cs) * CROWDED_IDLE_PART < all_cs;
-	proposer->up_cs = up_cs;
-	proposer->idle_cs = idle_cs;
+	proposer->crowded = proposer->looked_ns != 0 &&
+		(idle_ticks - proposer->idle_ticks) * CROWDED_IDLE_PART < all_ticks - proposer->all_ticks;
+	proposer->all_ticks = all_ticks;
+	proposer->idle_ticks = idle_ticks;
 	proposer->looked_ns = now_ns;
 	return proposer->crowded;
 }

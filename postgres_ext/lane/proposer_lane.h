@@ -62,13 +62,12 @@ struct ProposerLane
 	int64_t		broadcast_ns;
 	int64_t		broadcast_due_ns;
 	int64_t		commit_moved_ns;
-	int64_t		gather_ns;		/* the shortest time between two appends to a member while processors are short; 0: none */
+	int64_t		gather_ns;		/* for so long after an append what came meanwhile may wait, if processors are short */
 	int64_t		gather_due_ns;
 	int64_t		looked_ns;		/* at the processors */
-	uint64_t	up_cs;			/* what uptime said then */
-	uint64_t	idle_cs;
-	int32_t		uptime;			/* /proc/uptime, open; -1: whether processors are short is not known, and nothing is gathered */
-	uint32_t	processors;
+	uint64_t	all_ticks;		/* what the kernel's statistics said then: the time of all processors, and how much of it was idle */
+	uint64_t	idle_ticks;
+	int32_t		statistics;		/* /proc/stat, open; -1: whether processors are short is not known, and nothing is gathered */
 	uint32_t	crowded;		/* processors were hardly ever idle of late */
 	uint32_t	generation;
 	uint32_t	members;

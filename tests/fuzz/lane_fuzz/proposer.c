@@ -16,34 +16,43 @@
 #define BEFORE (64 * 1024)		/* WAL that was there before the ring */
 #define BEGIN_LSN UINT64_C(0x12345678)
 
-/* The machine's processors were idle for more or less, as /proc/uptime says. */
+/* The machine's processors were idle for more or less, as /proc/stat says. */
 static void
 time_passes(Proposal *run)
 {
-	char		text[64];
-	uint64_t	before_cs = clock_ns / 10000000,
-				passed_cs;
+	char		text[300];
+	uint64_t	before_ns = clock_ns,
+				passed;
+	uint64_t   *field = run->ticks;
 	int			size;
 
 	if (one_in(20))
 		clock_ns += below(400000000);
-	passed_cs = clock_ns / 10000000 - before_cs;
-	run->idle_cs += passed_cs * run->proposer.processors * below(one_in(2) ? 4 : 40) / 40;
-	size = snprintf(text, sizeof(text), "%lu.%02lu %lu.%02lu\n", clock_ns / 1000000000, clock_ns / 10000000 % 100,
-					run->idle_cs / 100, run->idle_cs % 100);
-	if (one_in(1000))
+	passed = clock_ns / 10000000 - before_ns / 10000000;
+	for (int i = 0; i < 8; i++)
+		field[i] += passed * below(i == 3 || i == 4 ? 20 : 100);
+	size = snprintf(text, sizeof(text), "cpu  %lu %lu %lu %lu %lu %lu %lu %lu 0 0\ncpu0 1 2 3\n", field[0], field[1], field[2],
+					field[3], field[4], field[5], field[6], field[7]);
+	run->strange = one_in(1000);
+	if (run->strange)
 		mutate((uint8_t *) text, (size_t) size);
-	require(ftruncate(run->uptime, 0) == 0 && pwrite(run->uptime, text, (size_t) size, 0) == size, "cannot write uptime");
-	run->up_cs = clock_ns / 10000000;
+	require(ftruncate(run->statistics, 0) == 0 && pwrite(run->statistics, text, (size_t) size, 0) == size,
+			"cannot write statistics");
 }
 
-/* What the proposer believes about the processors is what uptime said at its last two looks. */
+/* What the proposer believes about the processors is what the statistics said at its last two looks. */
 static void
 check_look(Proposal *run)
 {
 	const ProposerLane *proposer = &run->proposer;
+	uint64_t	idle = run->ticks[3] + run->ticks[4],
+				all = 0;
 
-	if (proposer->uptime < 0)
+	for (int i = 0; i < 8; i++)
+		all += run->ticks[i];
+	require(proposer->statistics >= 0 || run->strange || run->gave_up, "good statistics are no more looked at");
+	run->gave_up = proposer->statistics < 0;
+	if (run->gave_up)
 	{
 		require(!proposer->crowded, "processors are short, and nobody knows");
 		run->crowded = false;
@@ -52,14 +61,16 @@ check_look(Proposal *run)
 	{
 		require(run->looked_ns == 0 || proposer->looked_ns - run->looked_ns >= 250000000, "looked too often");
 		run->crowded = run->looked_ns != 0 &&
-			(run->idle_cs - run->looked_idle_cs) * 10 < (run->up_cs - run->looked_up_cs) * proposer->processors;
-		if (proposer->idle_cs != run->idle_cs || proposer->up_cs != run->up_cs)
-			run->crowded = proposer->crowded;	/* a text that was mutated */
+			(idle - run->looked_idle) * 10 < all - run->looked_all;
+		require(run->strange || (proposer->idle_ticks == idle && proposer->all_ticks == all),
+				"something else is remembered than the statistics said");
+		if (run->strange)
+			run->crowded = proposer->crowded;
 		run->looked_ns = proposer->looked_ns;
-		run->looked_idle_cs = proposer->idle_cs;
-		run->looked_up_cs = proposer->up_cs;
+		run->looked_idle = proposer->idle_ticks;
+		run->looked_all = proposer->all_ticks;
 	}
-	require(proposer->crowded == run->crowded, "another shortage of processors than uptime tells");
+	require(proposer->crowded == run->crowded, "another shortage of processors than the statistics tell");
 }
 
 /* Whatever came, the lent state must now say what the lanes did. */
@@ -230,9 +241,8 @@ begin_proposal(Proposal *run)
 	proposer->lazy_bytes = one_in(3) ? 1000 : 50000;
 	proposer->broadcast_ns = 1 + below(1000000);
 	proposer->gather_ns = one_in(3) ? 0 : below(one_in(2) ? 2000000 : 50000000);
-	proposer->processors = 1 + below(8);
-	proposer->uptime = run->uptime = memfd_create("uptime", 0);
-	require(run->uptime >= 0, "no place for uptime");
+	proposer->statistics = run->statistics = memfd_create("stat", 0);
+	require(run->statistics >= 0, "no place for statistics");
 	proposer->lazy = one_in(2) ? proposer->members : below(proposer->members);
 	run->told_lsn = run->first_lsn;
 	open_link(&run->postgres, run->loop, run->epoll_fd, &proposer->lane, proposer_lane_postgres_readable, proposer_lane_due,
@@ -268,7 +278,7 @@ end_proposal(Proposal *run)
 	lane_loop_free(run->loop);
 	require(run->proposer.lane.loop == NULL, "a lane of a loop that is no more");
 	(void) close(run->epoll_fd);
-	(void) close(run->uptime);
+	(void) close(run->statistics);
 	release(&run->xlog.wire);
 	release(&run->reference);
 	release(&run->statuses);

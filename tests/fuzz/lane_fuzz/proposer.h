@@ -53,12 +53,13 @@ typedef struct Proposal
 	uint64_t	reference_lsn;
 	Bytes		reference;		/* WAL as it was sent, from reference_lsn on */
 	Bytes		statuses;
-	int			uptime;			/* takes the place of /proc/uptime */
-	uint64_t	up_cs;			/* what it says */
-	uint64_t	idle_cs;
+	int			statistics;		/* takes the place of /proc/stat */
+	uint64_t	ticks[8];		/* what it says */
+	bool		strange;		/* it says something else, that was mutated */
+	bool		gave_up;		/* the proposer looks no more */
 	int64_t		looked_ns;		/* when the proposer looked at it last, and what it saw */
-	uint64_t	looked_up_cs;
-	uint64_t	looked_idle_cs;
+	uint64_t	looked_all;
+	uint64_t	looked_idle;
 	bool		crowded;
 	int64_t		gather_due_ns;	/* as it was after the last wait */
 	int64_t		waits_ns;		/* since when */

@@ -123,6 +123,7 @@ class Bench:
             if client is not None:
                 client.abort()
                 await client.lost
+        self.lanes.close()
         for end in (*self.sockets, self.postgres):
             end.close()
 
@@ -385,6 +386,7 @@ def test_a_commit_that_the_acknowledgements_do_not_say_stops_the_proposer() -> N
         await eventually(bench.proposer.ended.done, "the proposer to end")
         with pytest.raises(NeonError, match="acknowledgements say"):
             bench.proposer.ended.result()
+        bench.loop.lanes.before_wait[:] = [lent]  # type: ignore[attr-defined]
         await bench.close()
 
     run(scenario())
@@ -406,14 +408,14 @@ def test_members_hear_of_a_commit_that_no_append_tells() -> None:
     run(scenario())
 
 
-def _processors(bench: Bench, uptime: Path, busy: float) -> None:
-    """The processors of this machine were busy for so long since the lanes looked last."""
-    uptime.write_text(f"1000.00 {(1 - busy) * 1000:.2f}\n")
+def _processors(bench: Bench, statistics: Path, *, idle: int = 0, iowait: int = 0) -> None:
+    """Of 100 ticks since the lanes looked last, so many were idle."""
+    statistics.write_text(f"cpu  {94 - idle - iowait} 1 1 {idle} {iowait} 1 1 2 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n")
     c = bench.lanes.c
-    os.close(c.uptime)
-    bench.lanes._uptime = c.uptime = os.open(uptime, os.O_RDONLY)
-    c.processors, c.looked_ns, c.up_cs, c.idle_cs = 1, 1, 0, 0
-    c.gather_ns = 3600 * 10**9  # until the test says so
+    os.close(c.statistics)
+    bench.lanes._statistics = c.statistics = os.open(statistics, os.O_RDONLY)
+    c.looked_ns, c.all_ticks, c.idle_ticks = 1, 0, 0
+    c.gather_ns = c.broadcast_ns = 3600 * 10**9  # until the test says so
 
 
 async def _commit_with_more_wal_behind(bench: Bench) -> int:
@@ -436,7 +438,7 @@ def test_what_came_in_the_meantime_is_gathered_while_processors_are_short(tmp_pa
     async def scenario() -> None:
         bench = await Bench(lazy_ms=10).connect()
         bench.proposer.lazy_slot = 2
-        _processors(bench, tmp_path / "uptime", busy=0.95)
+        _processors(bench, tmp_path / "stat", idle=4, iowait=5)
         c = bench.lanes.c
         first = await _commit_with_more_wal_behind(bench)
         await bench.send_wal(b"c" * 100)
@@ -459,10 +461,11 @@ def test_what_came_in_the_meantime_is_gathered_while_processors_are_short(tmp_pa
     run(scenario())
 
 
-def test_nothing_is_gathered_while_processors_are_idle(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("idle", "iowait"), [(10, 0), (0, 10), (5, 5), (50, 3)])
+def test_nothing_is_gathered_while_processors_are_idle(tmp_path: Path, idle: int, iowait: int) -> None:
     async def scenario() -> None:
         bench = await Bench().connect()
-        _processors(bench, tmp_path / "uptime", busy=0.85)
+        _processors(bench, tmp_path / "stat", idle=idle, iowait=iowait)
         first = await _commit_with_more_wal_behind(bench)
         for slot in (0, 1):
             await eventually(lambda slot=slot: bench.member_has(slot) == first + 100, "the append", interval=0)
@@ -472,21 +475,46 @@ def test_nothing_is_gathered_while_processors_are_idle(tmp_path: Path) -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("text", ["", "up for ever\n", "12.34\n", "12.3 4.56\n", "1.234 5.67\n"])
-def test_a_strange_uptime_gathers_nothing(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "cpu", "cpu ", "cpu  1 2 3 4 5 6 7\n", "cpu0 1 2 3 4 5 6 7 8\n", "12.3 4.56\n", "cpu  1 2 -3 4 5 6 7 8"]
+)
+def test_strange_statistics_gather_nothing(tmp_path: Path, text: str) -> None:
     c = CProposerLane()
-    path = tmp_path / "uptime"
+    path = tmp_path / "stat"
     path.write_text(text)
     with path.open() as file:
-        c.uptime, c.looked_ns, c.crowded, c.processors = file.fileno(), 1, 1, 1
+        c.statistics, c.looked_ns, c.crowded = file.fileno(), 1, 1
         assert not library().proposer_lane_look_at_processors(ctypes.addressof(c), 10**9)
-        assert (c.crowded, c.uptime) == (0, -1)
+        assert (c.crowded, c.statistics) == (0, -1)
+
+
+def test_statistics_without_any_time_gather_nothing(tmp_path: Path) -> None:
+    """Some sandboxes count nothing."""
+    c = CProposerLane()
+    path = tmp_path / "stat"
+    path.write_text("cpu  0 0 0 0 0 0 0 0 0 0\n")
+    with path.open() as file:
+        c.statistics, c.looked_ns, c.crowded = file.fileno(), 1, 1
+        assert not library().proposer_lane_look_at_processors(ctypes.addressof(c), 10**9)
+        assert (c.crowded, c.statistics, c.looked_ns) == (0, file.fileno(), 10**9)
+
+
+def test_this_machine_has_statistics() -> None:
+    async def scenario() -> None:
+        bench = await Bench().connect()
+        c = bench.lanes.c
+        library().proposer_lane_look_at_processors(bench.lanes.postgres.address, 10**9)
+        assert c.statistics >= 0
+        assert c.all_ticks > c.idle_ticks > 0
+        await bench.close()
+
+    run(scenario())
 
 
 def test_what_was_gathered_is_sent_when_the_lanes_stop(tmp_path: Path) -> None:
     async def scenario() -> None:
         bench = await Bench().connect()
-        _processors(bench, tmp_path / "uptime", busy=1)
+        _processors(bench, tmp_path / "stat")
         first = await _commit_with_more_wal_behind(bench)
         await eventually(lambda: bench.lanes.c.gather_due_ns > 0, "gathering", interval=0)
         bench.lanes.postgres.detach()

@@ -237,6 +237,7 @@ def test_whatever_comes_between(tmp_path: Path, seed: int) -> None:
                         timeline.acceptor.standby_feedback = HotStandbyFeedback(rng.randrange(9), 1, 1)
                         timeline.store.recall()
                     elif chance < 0.2:
+                        timeline._feedback_rests = False
                         timeline.pageserver_feedback(PageserverFeedback())
                     if stream and rng.random() < 0.5:
                         await asyncio.sleep(0)

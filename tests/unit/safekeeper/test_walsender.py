@@ -152,9 +152,9 @@ async def test_a_quiet_stream_says_that_it_lives_and_a_busy_one_does_not(
     loop = asyncio.get_running_loop()
     made.send_copy_data = lambda _: keepalives.append(loop.time())  # type: ignore[method-assign]
     sender = WalSender(leader.timeline, made, "pageserver-1", None)  # type: ignore[arg-type]
+    begun = loop.time()
     task = asyncio.create_task(sender.run(START))
     await made.streaming.wait()
-    begun = loop.time()
     await eventually(lambda: len(keepalives) == 2, "two keepalives")
     assert keepalives[0] - begun >= 0.05 and keepalives[1] - keepalives[0] >= 0.05
     # news begin the time anew: the alarm is not moved, but finds out
