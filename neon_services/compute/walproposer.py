@@ -5,7 +5,8 @@ Invariants:
 * Postgres is told a position only when the state machine has it committed: fsynced by a quorum in our own term.
 * WAL is forgotten (overwritten in the ring) only below commit_lsn: a quorum has it, and a safekeeper that lags gets it from
   another safekeeper. Above, reading from Postgres stops when the ring is full, and Postgres's slot keeps the rest.
-* A member that the quorum does not need is fed late by at most ``lazy_s``, and only while all are well.
+* A member that the quorum does not need is fed late by at most ``lazy_s``, and only while all are well; rather one that a
+  pageserver reads from.
 
 Speed: small appends wait for the answer to the one before and then go as one (group commit at the proposer). Every commit waits
 for what ``on_wal`` and ``acknowledged`` do, so they do what it waits for first and in few steps. While processors are short,
@@ -41,6 +42,7 @@ RING_RESERVE = 2 * (LARGEST_BUFFER + 512 * 1024)
 RING_MAX = 4 * 1024 * 1024 * 1024
 LAZY_BYTES = 256 * 1024
 LAZY_MARGIN_S = 0.002  # differences below come from who had a processor
+PAGESERVER_READS_S = 5.0  # a safekeeper that told of a pageserver within this time has one
 COMMIT_BROADCAST_S = 0.003
 TICK_S = 0.1
 REATTACH_S = 0.2
@@ -339,7 +341,10 @@ class WalProposer:
             self.pump(self.lazy_slot, now=True)
 
     def _choose_lazy(self) -> None:
-        """The slowest of the healthy: with one set of voters, all active, and more of them than the quorum needs."""
+        """The slowest of the healthy: with one set of voters, all active, and more of them than the quorum needs.
+
+        Of those that are about as fast, the one with a pageserver: it has more to do, and its answers should not be waited for.
+        """
         before = self.lazy_slot
         healthy = all(link.member.phase is MemberPhase.ACTIVE and not link.feeding for link in self.links)
         if not self.config.lazy_s or not healthy or len(self.links) < 3 or self.core.mconf.new_members is not None:
@@ -348,8 +353,13 @@ class WalProposer:
             now_s = self._loop.time()
             lag_s = [link.lag_s(now_s) for link in self.links]
             slowest = max(range(len(lag_s)), key=lambda slot: (lag_s[slot], slot))
+            reads = [now_s - link.pageserver_at_s < PAGESERVER_READS_S for link in self.links]
             if before < 0 or lag_s[slowest] > 2 * lag_s[before] + LAZY_MARGIN_S:
                 self.lazy_slot = slowest
+            elif any(reads) and not reads[before]:
+                busy = reads.index(True)
+                if lag_s[before] <= 2 * lag_s[busy] + LAZY_MARGIN_S:
+                    self.lazy_slot = busy
         if before >= 0 and self.lazy_slot != before:
             self.pump(before, now=True)
 

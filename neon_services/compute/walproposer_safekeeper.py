@@ -5,6 +5,7 @@ Invariant: what is written to the connection is, in order and without a gap, wha
 
 import asyncio
 import logging
+import math
 import os
 import struct
 import time
@@ -105,6 +106,8 @@ class SafekeeperLink:
         #: Smoothed time from append to answer, seconds.
         self.answer_s = 0.0
         self.last_sent_s = 0.0
+        #: When it told of a pageserver that reads there.
+        self.pageserver_at_s = -math.inf
         #: When the append was sent whose answer is awaited.
         self.sent_at_s = 0.0
         self._client: _Client | None = None
@@ -239,6 +242,8 @@ class SafekeeperLink:
             self._client.heard = True
 
     def _acknowledged(self, response: AppendResponse) -> None:
+        if response.pageserver_feedback is not None:
+            self.pageserver_at_s = self._loop.time()
         moved = self.owner.core.append_response(self.slot, response)
         if self.awaiting:
             self.awaiting = False

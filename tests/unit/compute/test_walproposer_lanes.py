@@ -526,6 +526,33 @@ def test_what_was_gathered_is_sent_when_the_lanes_stop(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_the_lazy_member_is_the_slowest_or_else_one_with_a_pageserver() -> None:
+    async def scenario() -> None:
+        bench = await Bench(lazy_ms=10).connect()
+        proposer, links = bench.proposer, bench.proposer.links
+
+        def chosen() -> int:
+            proposer._choose_lazy()
+            return proposer.lazy_slot
+
+        assert chosen() == 2
+        for slot in (0, 1):
+            await bench.answer(slot, START, pageserver_feedback=PageserverFeedback(last_received_lsn=START))
+            await eventually(lambda slot=slot: links[slot].pageserver_at_s > 0, "the feedback", interval=0)
+            assert [chosen() for _ in range(3)] == [0] * 3, "it does not change between equals"
+        links[0].pageserver_at_s -= walproposer.PAGESERVER_READS_S
+        assert chosen() == 1
+        links[2].answer_s = 1.0
+        assert [chosen() for _ in range(3)] == [2] * 3, "a slow one is not waited for, whoever reads elsewhere"
+        links[2].answer_s = links[1].answer_s
+        assert chosen() == 1
+        links[1].pageserver_at_s -= walproposer.PAGESERVER_READS_S
+        assert chosen() == 1, "nobody is better than who it is"
+        await bench.close()
+
+    run(scenario())
+
+
 def test_reading_stops_when_nothing_is_committed_and_goes_on_afterwards() -> None:
     async def scenario() -> None:
         bench = await Bench().connect()
