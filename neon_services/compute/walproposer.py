@@ -353,13 +353,15 @@ class WalProposer:
             now_s = self._loop.time()
             lag_s = [link.lag_s(now_s) for link in self.links]
             slowest = max(range(len(lag_s)), key=lambda slot: (lag_s[slot], slot))
-            reads = [now_s - link.pageserver_at_s < PAGESERVER_READS_S for link in self.links]
-            if before < 0 or lag_s[slowest] > 2 * lag_s[before] + LAZY_MARGIN_S:
+            read = [now_s - link.pageserver_at_s < PAGESERVER_READS_S for link in self.links]
+
+            def is_slower(slot: int, other: int) -> bool:
+                return lag_s[slot] > 2 * lag_s[other] + LAZY_MARGIN_S
+
+            if before < 0 or is_slower(slowest, before):
                 self.lazy_slot = slowest
-            elif any(reads) and not reads[before]:
-                busy = reads.index(True)
-                if lag_s[before] <= 2 * lag_s[busy] + LAZY_MARGIN_S:
-                    self.lazy_slot = busy
+            elif any(read) and not read[before] and not is_slower(before, read.index(True)):
+                self.lazy_slot = read.index(True)
         if before >= 0 and self.lazy_slot != before:
             self.pump(before, now=True)
 

@@ -98,7 +98,7 @@ class ProposerLanes:
         c.members = len(self.members)
         c.lazy_ns, c.lazy_bytes, c.broadcast_ns = int(lazy_s * 1e9), lazy_bytes, int(broadcast_s * 1e9)
         c.gather_ns = int(gather_s * 1e9)
-        self._statistics = c.statistics = _open_statistics()
+        self._statistics = c.processors.statistics = _open_statistics()
         c.postgres_epoch_us = -to_postgres_us(0)
         for slot, lane in enumerate(self.members):
             lane.base.readable = function_address(compiled.proposer_lane_member_readable)
@@ -111,7 +111,7 @@ class ProposerLanes:
         """Nothing is lent any more."""
         self._lent = False
         self._selector.before_wait.remove(self.lend)
-        self.c.statistics = -1
+        self.c.processors.statistics = -1
         if self._statistics >= 0:
             os.close(self._statistics)
             self._statistics = -1

@@ -117,6 +117,18 @@ class CProposerMember(ctypes.Structure):
     ]
 
 
+class CProcessors(ctypes.Structure):
+    """``Processors`` of processors.h."""
+
+    _fields_ = [
+        ("looked_ns", ctypes.c_int64),
+        ("all_ticks", ctypes.c_uint64),
+        ("idle_ticks", ctypes.c_uint64),
+        ("statistics", ctypes.c_int32),
+        ("are_short", ctypes.c_uint32),
+    ]
+
+
 class CProposerLane(ctypes.Structure):
     """``ProposerLane`` of proposer_lane.h."""
 
@@ -142,11 +154,7 @@ class CProposerLane(ctypes.Structure):
         ("commit_moved_ns", ctypes.c_int64),
         ("gather_ns", ctypes.c_int64),
         ("gather_due_ns", ctypes.c_int64),
-        ("looked_ns", ctypes.c_int64),
-        ("all_ticks", ctypes.c_uint64),
-        ("idle_ticks", ctypes.c_uint64),
-        ("statistics", ctypes.c_int32),
-        ("crowded", ctypes.c_uint32),
+        ("processors", CProcessors),
         ("generation", ctypes.c_uint32),
         ("members", ctypes.c_uint32),
         ("lazy", ctypes.c_uint32),
@@ -194,8 +202,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     for name in ("append_lane_take", "proposer_lane_take_wal", "proposer_lane_take_answers"):
         function = getattr(lib, name)
         function.restype, function.argtypes = ctypes.c_size_t, [pointer, pointer, ctypes.c_size_t]
-    look = lib.proposer_lane_look_at_processors
-    look.restype, look.argtypes = ctypes.c_bool, [pointer, ctypes.c_int64]
+    lib.processors_are_short.restype, lib.processors_are_short.argtypes = ctypes.c_bool, [pointer, ctypes.c_int64]
     lib.proposer_lane_quorum_lsn.restype, lib.proposer_lane_quorum_lsn.argtypes = ctypes.c_uint64, [pointer]
     return lib
 

@@ -140,12 +140,11 @@ class WalSender:
     async def _wait_for_news(self, position: Lsn) -> None:
         """Until something may have changed; after a second without news, see whether the stream ends and say that we live."""
         self._waiting_since = self._loop.time()
-        self._quiet = False  # it rang while WAL was sent
+        self._quiet = False  # even if it rang while WAL was sent
         if self._alarm is None:
             self._alarm = self._loop.call_later(KEEPALIVE_INTERVAL_S, self._ring)
         await self._news.wait()
         if self._quiet:
-            self._quiet = False
             self._end_if_caught_up(position)
             if time.monotonic() - self._heard_at > IDLE_TIMEOUT_S:
                 raise NeonError(f"nothing received for {IDLE_TIMEOUT_S:.0f} s") from None

@@ -68,6 +68,13 @@ extern size_t lane_send(Lane *lane, const void *head, size_t head_bytes, const v
 
 extern const uint32_t *lane_layout(void);
 
+/* Of two times the first; 0 is never. */
+static inline int64_t
+lane_earlier(int64_t one_ns, int64_t other_ns)
+{
+	return one_ns == 0 || (other_ns != 0 && other_ns < one_ns) ? other_ns : one_ns;
+}
+
 static inline uint32_t
 lane_u32(const uint8_t *at)
 {

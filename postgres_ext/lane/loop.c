@@ -193,7 +193,7 @@ lane_now_ns(void)
 	struct timespec now;
 
 	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t) now.tv_sec * 1000000000 + now.tv_nsec;
+	return (int64_t) now.tv_sec * NS_PER_S + now.tv_nsec;
 }
 
 /* The earliest time at which a lane is due; 0 for none. */
@@ -203,12 +203,7 @@ first_due(const LaneLoop *loop)
 	int64_t		first = 0;
 
 	for (int i = 0; i < loop->touched; i++)
-	{
-		int64_t		due_ns = loop->list[i]->due_ns;
-
-		if (due_ns != 0 && (first == 0 || due_ns < first))
-			first = due_ns;
-	}
+		first = lane_earlier(first, loop->list[i]->due_ns);
 	return first;
 }
 

@@ -10,7 +10,6 @@
  */
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "proposer_lane.h"
 
@@ -19,10 +18,6 @@
 #define XLOG_MOST (1 << 20)		/* a longer message is Python's */
 #define ANSWER_WEIGHT 16
 #define BURST_BYTES (1024 * 1024)	/* that go to one member at once: the others wait meanwhile */
-#define LOOK_NS INT64_C(250000000)	/* the statistics count hundredths of a second: in less time they would say little */
-#define IDLE 3					/* fields of the statistics */
-#define IOWAIT 4
-#define CROWDED_IDLE_PART 10	/* processors are short when they are idle for less than one part of so many */
 
 _Static_assert(ANSWER_STANDBY + PROPOSER_STANDBY_BYTES == APPEND_ANSWER, "the layout of a framed AppendResponse");
 
@@ -120,11 +115,8 @@ set_due(ProposerLane *proposer)
 {
 	int64_t		due_ns = proposer->lazy_due_ns;
 
-	if (proposer->broadcast_due_ns != 0 && (due_ns == 0 || proposer->broadcast_due_ns < due_ns))
-		due_ns = proposer->broadcast_due_ns;
-	if (proposer->gather_due_ns != 0 && (due_ns == 0 || proposer->gather_due_ns < due_ns))
-		due_ns = proposer->gather_due_ns;
-	proposer->lane.due_ns = due_ns;
+	due_ns = lane_earlier(due_ns, proposer->broadcast_due_ns);
+	proposer->lane.due_ns = lane_earlier(due_ns, proposer->gather_due_ns);
 	lane_touch(&proposer->lane);
 }
 
@@ -136,60 +128,6 @@ want(ProposerLane *proposer)
 }
 
 /* --- gathering -------------------------------------------------------------------------------------------------------- */
-
-/* The next number of this text, or -1 when there is none. */
-static int64_t
-take_number(const char **text)
-{
-	int64_t		value = 0;
-
-	while (**text == ' ')
-		(*text)++;
-	if (**text < '0' || **text > '9')
-		return -1;
-	for (; **text >= '0' && **text <= '9'; (*text)++)
-		value = (int64_t) ((uint64_t) value * 10 + (uint64_t) (**text - '0')) & INT64_MAX;
-	return value;
-}
-
-/*
- * Whether the processors were hardly ever idle since the last look, which is a while ago.  The statistics begin with "cpu" and
- * the ticks of user, nice, system, idle, iowait, irq, softirq and steal; a processor whose tasks wait for a disk is idle.
- */
-bool
-proposer_lane_look_at_processors(ProposerLane *proposer, int64_t now_ns)
-{
-	char		text[256];
-	const char *at = text + 3;
-	ssize_t		size;
-	uint64_t	all_ticks = 0,
-				idle_ticks = 0;
-
-	if (proposer->statistics < 0 || now_ns - proposer->looked_ns < LOOK_NS)
-		return proposer->crowded;
-	size = pread(proposer->statistics, text, sizeof(text) - 1, 0);
-	text[size > 0 ? size : 0] = 0;
-	for (int field = 0; field < 8; field++)
-	{
-		int64_t		ticks = size > 3 && memcmp(text, "cpu ", 4) == 0 ? take_number(&at) : -1;
-
-		if (ticks < 0)
-		{
-			proposer->statistics = -1;	/* not what they should be: never again */
-			proposer->crowded = 0;
-			return false;
-		}
-		all_ticks += (uint64_t) ticks;
-		if (field == IDLE || field == IOWAIT)
-			idle_ticks += (uint64_t) ticks;
-	}
-	proposer->crowded = proposer->looked_ns != 0 &&
-		(idle_ticks - proposer->idle_ticks) * CROWDED_IDLE_PART < all_ticks - proposer->all_ticks;
-	proposer->all_ticks = all_ticks;
-	proposer->idle_ticks = idle_ticks;
-	proposer->looked_ns = now_ns;
-	return proposer->crowded;
-}
 
 /*
  * WAL that came while an append was under way waits a little for more, so that its flush serves more commits.  Only when
@@ -203,7 +141,7 @@ gather(ProposerMember *member, int64_t now_ns)
 	int64_t		due_ns = member->sent_at_ns + proposer->gather_ns;
 
 	if (proposer->gather_ns == 0 || proposer->gather_due_ns != 0 || member->slot == proposer->lazy || due_ns <= now_ns ||
-		member->sent_lsn == proposer->ring_end || !proposer_lane_look_at_processors(proposer, now_ns))
+		member->sent_lsn == proposer->ring_end || !processors_are_short(&proposer->processors, now_ns))
 		return;
 	proposer->gather_due_ns = due_ns;
 	set_due(proposer);

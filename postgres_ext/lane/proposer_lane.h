@@ -4,6 +4,7 @@
 
 #include "lane.h"
 #include "messages.h"
+#include "processors.h"
 
 #define PROPOSER_MEMBERS 16
 #define PROPOSER_STANDBY_BYTES 24
@@ -64,11 +65,7 @@ struct ProposerLane
 	int64_t		commit_moved_ns;
 	int64_t		gather_ns;		/* for so long after an append what came meanwhile may wait, if processors are short */
 	int64_t		gather_due_ns;
-	int64_t		looked_ns;		/* at the processors */
-	uint64_t	all_ticks;		/* what the kernel's statistics said then: the time of all processors, and how much of it was idle */
-	uint64_t	idle_ticks;
-	int32_t		statistics;		/* /proc/stat, open; -1: whether processors are short is not known, and nothing is gathered */
-	uint32_t	crowded;		/* processors were hardly ever idle of late */
+	Processors	processors;
 	uint32_t	generation;
 	uint32_t	members;
 	uint32_t	lazy;			/* the member that is fed late; `members` for none */
@@ -86,7 +83,6 @@ struct ProposerLane
 extern uint64_t proposer_lane_quorum_lsn(const ProposerLane *proposer);
 extern size_t proposer_lane_take_wal(ProposerLane *proposer, const uint8_t *bytes, size_t count);
 extern size_t proposer_lane_take_answers(ProposerMember *member, const uint8_t *bytes, size_t count);
-extern bool proposer_lane_look_at_processors(ProposerLane *proposer, int64_t now_ns);
 extern LaneResult proposer_lane_postgres_readable(Lane *lane);
 extern LaneResult proposer_lane_member_readable(Lane *lane);
 extern void proposer_lane_due(Lane *lane, int64_t now_ns);

@@ -44,33 +44,32 @@ time_passes(Proposal *run)
 static void
 check_look(Proposal *run)
 {
-	const ProposerLane *proposer = &run->proposer;
+	const Processors *processors = &run->proposer.processors;
 	uint64_t	idle = run->ticks[3] + run->ticks[4],
 				all = 0;
 
 	for (int i = 0; i < 8; i++)
 		all += run->ticks[i];
-	require(proposer->statistics >= 0 || run->strange || run->gave_up, "good statistics are no more looked at");
-	run->gave_up = proposer->statistics < 0;
+	require(processors->statistics >= 0 || run->strange || run->gave_up, "good statistics are no more looked at");
+	run->gave_up = processors->statistics < 0;
 	if (run->gave_up)
 	{
-		require(!proposer->crowded, "processors are short, and nobody knows");
+		require(!processors->are_short, "processors are short, and nobody knows");
 		run->crowded = false;
 	}
-	else if (proposer->looked_ns != run->looked_ns)
+	else if (processors->looked_ns != run->looked_ns)
 	{
-		require(run->looked_ns == 0 || proposer->looked_ns - run->looked_ns >= 250000000, "looked too often");
-		run->crowded = run->looked_ns != 0 &&
-			(idle - run->looked_idle) * 10 < all - run->looked_all;
-		require(run->strange || (proposer->idle_ticks == idle && proposer->all_ticks == all),
+		require(run->looked_ns == 0 || processors->looked_ns - run->looked_ns >= 250000000, "looked too often");
+		run->crowded = run->looked_ns != 0 && (idle - run->looked_idle) * 10 < all - run->looked_all;
+		require(run->strange || (processors->idle_ticks == idle && processors->all_ticks == all),
 				"something else is remembered than the statistics said");
 		if (run->strange)
-			run->crowded = proposer->crowded;
-		run->looked_ns = proposer->looked_ns;
-		run->looked_idle = proposer->idle_ticks;
-		run->looked_all = proposer->all_ticks;
+			run->crowded = processors->are_short;
+		run->looked_ns = processors->looked_ns;
+		run->looked_idle = processors->idle_ticks;
+		run->looked_all = processors->all_ticks;
 	}
-	require(proposer->crowded == run->crowded, "another shortage of processors than the statistics tell");
+	require(processors->are_short == run->crowded, "another shortage of processors than the statistics tell");
 }
 
 /* Whatever came, the lent state must now say what the lanes did. */
@@ -241,7 +240,7 @@ begin_proposal(Proposal *run)
 	proposer->lazy_bytes = one_in(3) ? 1000 : 50000;
 	proposer->broadcast_ns = 1 + below(1000000);
 	proposer->gather_ns = one_in(3) ? 0 : below(one_in(2) ? 2000000 : 50000000);
-	proposer->statistics = run->statistics = memfd_create("stat", 0);
+	proposer->processors.statistics = run->statistics = memfd_create("stat", 0);
 	require(run->statistics >= 0, "no place for statistics");
 	proposer->lazy = one_in(2) ? proposer->members : below(proposer->members);
 	run->told_lsn = run->first_lsn;
