@@ -154,9 +154,11 @@ class _Session:
         started = asyncio.get_running_loop().time()
         result = "error"
         try:
-            if lsn is not None:
+            if lsn is None:
+                at = await timeline.latest_lsn(self._service.wait_lsn_timeout_s)
+            else:
                 await timeline.wait_lsn(lsn, self._service.wait_lsn_timeout_s)
-            at = timeline.last_record_lsn if lsn is None else lsn
+                at = lsn
             copying = False
             try:
                 async for chunk in basebackup(timeline, at, options):

@@ -312,7 +312,7 @@ class Tenant:
     async def _branch(self, timeline_id: TimelineId, ancestor: Timeline, start_lsn: int | None) -> Timeline:
         if ancestor.state != "Active":
             raise ApiError(503, f"ancestor timeline {ancestor.timeline_id} is not active (it is {ancestor.state})")
-        lsn = ancestor.last_record_lsn if start_lsn is None else align_lsn(start_lsn)
+        lsn = await ancestor.latest_lsn(BRANCH_WAIT_LSN_TIMEOUT_S) if start_lsn is None else align_lsn(start_lsn)
         if lsn < ancestor.ancestor_lsn:
             raise ApiError(
                 406,

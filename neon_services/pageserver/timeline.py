@@ -11,7 +11,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class Timeline:
         self.leases = LsnLeases()
         self.uploads: UploadQueue | None = None
         self._last_record = LsnWaiters(disk_consistent_lsn)
+        self._ingest_received: Callable[[float], Awaitable[None]] | None = None
         self._disk_consistent = LsnWaiters(disk_consistent_lsn)
         self._remote_consistent = LsnWaiters(0)
         self._validated_lsn = 0
@@ -431,9 +432,20 @@ class Timeline:
         """Whether somebody waits for WAL that has not been ingested."""
         return self._last_record.waiting
 
-    def notify_of_lsn_wait(self, callback: Callable[[], None]) -> None:
-        """From now on call this, and only this, when somebody begins to wait for WAL that has not been ingested."""
-        self._last_record.on_wait = callback
+    async def latest_lsn(self, timeout_s: float = DEFAULT_WAIT_LSN_TIMEOUT_S) -> int:
+        """``last_record_lsn``, once all WAL that has been received by now is ingested. Raises LsnTimeout."""
+        if self._ingest_received is not None:
+            await self._ingest_received(timeout_s)
+        return self.last_record_lsn
+
+    def ingested_by(self, on_wait: Callable[[], None], ingest_received: Callable[[float], Awaitable[None]]) -> None:
+        """From now on this one ingests, and may take its time.
+
+        ``on_wait`` is called when somebody begins to wait for WAL that has not been ingested; ``ingest_received``, with a
+        timeout in seconds, returns when nothing is left of what had been received, and raises LsnTimeout.
+        """
+        self._last_record.on_wait = on_wait
+        self._ingest_received = ingest_received
 
     async def get_many(self, key_hi: U64Array | Sequence[int], key_lo: U64Array | Sequence[int], lsn: int) -> list[Any]:
         """The values of keys at an LSN (``lsn <= last_record_lsn`` is the caller's business).

@@ -4,22 +4,25 @@ Invariant: bytes are handed to the decoder in stream order without a gap, and fe
 ``last_received_lsn`` is its last record, ``remote_consistent_lsn`` only what may be forgotten by safekeepers.
 
 Speed: ingesting a batch costs about the same whatever its size, and a busy compute has few processors to spare. So a little
-WAL that follows another batch soon is left to become more, unless somebody waits for its LSN: a reader never notices.
+WAL that follows another batch soon is left to become more, unless somebody waits for its LSN or asks for the latest one: a
+reader never notices.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 
 from prometheus_client import Counter
 
-from neon_services.ground.errors import ProtocolViolation
+from neon_services.ground.errors import NeonError, ProtocolViolation
 from neon_services.ground.lsn import Lsn, align_lsn, format_lsn, skip_page_header
 from neon_services.ground.net import parse_host_port
 from neon_services.ground.pgtime import to_postgres_us
 from neon_services.ground.tls import ClientTls
 from neon_services.pageserver.ingest import WalIngest
+from neon_services.pageserver.lsn_waiters import LsnWaiters
 from neon_services.pageserver.relations import Relations
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.wal_candidates import Candidate, ConnectionView
@@ -32,11 +35,15 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20  # decoded and ingested at a time: large enough for bulk work, a few milliseconds
 BUFFER_HIGH_BYTES = 8 << 20  # above, the socket is not read
-GATHER_S = 0.05  # the shortest time between two batches smaller than GATHER_BYTES
+GATHER_S = 0.2  # the shortest time between two batches smaller than GATHER_BYTES
 GATHER_BYTES = 256 << 10
 
 _RECEIVED_BYTES = Counter("pageserver_wal_ingest_bytes_received", "Bytes of WAL received")
 _RECEIVED_RECORDS = Counter("pageserver_wal_ingest_records_received", "WAL records decoded")
+
+
+class _StreamOver(NeonError):
+    """Nothing more is ingested from this connection."""
 
 
 class WalConnection:
@@ -60,6 +67,8 @@ class WalConnection:
         self._received_until = 0
         self._wake = asyncio.Event()
         self._due = asyncio.Event()  # what is in the buffer must be ingested now
+        self._ingested = LsnWaiters(0)  # up to where the bytes of the stream went to the decoder and what came out was ingested
+        self._ingested.on_wait = self._due.set
         self._ingested_at = -GATHER_S
         self._ended = False
         self._reply_wanted = False
@@ -100,6 +109,7 @@ class WalConnection:
             client.copy_sink = self._receive
             client.copy_batch_end = self._wake.set
             self._received_until = start
+            self._ingested.advance(start)
             await client.start_copy_both(f"START_REPLICATION PHYSICAL {format_lsn(start)}")
             self.streaming = True
             end = asyncio.create_task(self._watch_for_end(client), name="end of WAL stream")
@@ -110,6 +120,12 @@ class WalConnection:
                 await asyncio.gather(end, return_exceptions=True)
         finally:
             client.abort()
+            self._ingested.close(_StreamOver("the stream of WAL is over"))
+
+    async def ingest_received(self, timeout_s: float) -> None:
+        """Return when all that has been received by now is ingested, or the stream is over. Raises LsnTimeout."""
+        with contextlib.suppress(_StreamOver):
+            await self._ingested.wait(self._received_until, timeout_s, f"timeline {self._timeline}: ingest")
 
     def _parameters(self) -> dict[str, str]:
         timeline = self._timeline
@@ -161,7 +177,7 @@ class WalConnection:
     async def _ingest_all(self, client: pgclient.PgClient, start: Lsn, end: "asyncio.Task[None]") -> None:
         decoder = WalDecoder(start, self._timeline.pg_version)
         ingest = WalIngest(self._timeline)
-        self._timeline.notify_of_lsn_wait(self._due.set)
+        self._timeline.ingested_by(self._due.set, self.ingest_received)
         try:
             self._send_feedback(client)
             while True:
@@ -184,6 +200,7 @@ class WalConnection:
                     _RECEIVED_RECORDS.inc(len(batch.records))
                     self.progressed = True
                 self._ingested_at = time.monotonic()
+                self._ingested.advance(self._received_until - len(self._buffer))
                 self._send_feedback(client)
                 self._resume(client)
         finally:
@@ -193,7 +210,9 @@ class WalConnection:
         """Wait for more WAL, as long as the buffer is not due."""
         rest_s = self._ingested_at + GATHER_S - time.monotonic()
         self._due.clear()
-        if rest_s <= 0 or self._ended or len(self._buffer) >= GATHER_BYTES or self._timeline.has_lsn_waiters:
+        if rest_s <= 0 or self._ended or len(self._buffer) >= GATHER_BYTES:
+            return
+        if self._timeline.has_lsn_waiters or self._ingested.waiting:
             return
         timer = asyncio.get_running_loop().call_later(rest_s, self._due.set)
         try:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 PARTIAL_SUFFIX = ".partial"
 SCRATCH_NAME = "waltmp"
 DOWNLOAD_NAME = "remote_partial.tmp"
-_ZEROS = bytes(1024 * 1024)
+_ZEROS = bytes(128 * 1024)
 _ZERO_SEGMENT = failpoints.declare("sk-zero-segment")
 
 

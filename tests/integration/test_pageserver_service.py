@@ -17,7 +17,9 @@ from neon_services.ground.lsn import Lsn, format_lsn, parse_lsn, skip_page_heade
 from neon_services.ground.remote_storage import LocalFsStorage
 from neon_services.pageserver import keys, native_records, wal_connection
 from neon_services.pageserver.bootstrap import bootstrap_timeline, initdb_archive_key
+from neon_services.pageserver.ingest import WalIngest
 from neon_services.pageserver.keys import RelTag
+from neon_services.pageserver.lsn_waiters import LsnTimeout
 from neon_services.pageserver.page_service import PageService
 from neon_services.pageserver.reconstruct import Reconstructor
 from neon_services.pageserver.relations import Relations
@@ -413,6 +415,52 @@ async def test_an_idle_safekeeper_is_asked_for_when_somebody_waits(timeline: Tim
         await safekeeper.server.stop()
 
 
+async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
+    timeline: Timeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal_connection, "GATHER_S", 3600.0)
+    start, wal, ends = make_wal(timeline, 3)
+    blocked, go_on = asyncio.Event(), asyncio.Event()
+    ingest = WalIngest.ingest
+
+    async def slow_ingest(self: WalIngest, batch: Any) -> None:
+        blocked.set()
+        await go_on.wait()
+        await ingest(self, batch)
+
+    monkeypatch.setattr(WalIngest, "ingest", slow_ingest)
+    broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal[: ends[0] - start])
+    await safekeeper.server.start("127.0.0.1", 0)
+    receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
+    assert await timeline.latest_lsn(0.01) == timeline.last_record_lsn  # nobody ingests yet
+    receiver.start()
+    try:
+        broker.announce(1, safekeeper.server.port, safekeeper.end)
+        await blocked.wait()
+        with pytest.raises(LsnTimeout, match="ingest did not reach"):
+            await timeline.latest_lsn(0.01)
+        asked_meanwhile = asyncio.create_task(timeline.latest_lsn(20))
+        await asyncio.sleep(0)
+        safekeeper.wal = wal[: ends[1] - start]
+        await eventually(lambda: receiver.last_received_msg_lsn == ends[1], "more WAL, while a batch is being ingested")
+        asked_later = asyncio.create_task(timeline.latest_lsn(20))
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await asked_meanwhile >= ends[0]
+        assert await asked_later == ends[1]
+        go_on.clear()
+        blocked.clear()
+        safekeeper.wal = wal[: ends[2] - start]
+        await eventually(lambda: receiver.last_received_msg_lsn == ends[2], "WAL that is left lying")
+        asked_at_the_end = asyncio.create_task(timeline.latest_lsn(20))
+        await blocked.wait()
+    finally:
+        await receiver.stop()
+        await safekeeper.server.stop()
+    assert await asked_at_the_end == ends[1]
+    assert await timeline.latest_lsn(20) == ends[1]
+
+
 async def test_a_little_wal_is_left_to_become_more_unless_somebody_waits(
     timeline: Timeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,8 +488,10 @@ async def test_a_little_wal_is_left_to_become_more_unless_somebody_waits(
         await waiter
         await grow(ends[4])
         assert timeline.last_record_lsn == ends[3]
+        assert await timeline.latest_lsn(20) == ends[4]
         await grow(ends[-1])  # more than is left lying
         await eventually(lambda: timeline.last_record_lsn == ends[-1], "a large batch, without anybody waiting")
+        assert await timeline.latest_lsn(20) == ends[-1]
     finally:
         await receiver.stop()
         await safekeeper.server.stop()

@@ -116,6 +116,26 @@ async def test_branch_rules(tmp_path: Path):
     await engine.crash()
 
 
+async def test_a_branch_from_now_has_all_that_was_received(tmp_path: Path):
+    engine, shard = Engine(tmp_path), new_shard()
+    tenant = await engine.attach(shard)
+    main, now, earlier = (TimelineId.generate() for _ in range(3))
+    timeline = await tenant.create_timeline(main, pg_version=15)
+    write(timeline, 2000, (0, WAL, b"+ingested"))
+
+    async def ingest_received(timeout_s: float) -> None:
+        await asyncio.sleep(0)
+        write(timeline, 3000, (0, WAL, b"+received"))
+
+    timeline.ingested_by(lambda: None, ingest_received)
+    branch = await tenant.create_timeline(earlier, pg_version=15, ancestor=main, start_lsn=2000)
+    assert (branch.ancestor_lsn, timeline.last_record_lsn) == (2000, 2000)
+    branch = await tenant.create_timeline(now, pg_version=15, ancestor=main)
+    assert (branch.ancestor_lsn, branch.prev_record_lsn) == (3000, 2000)
+    assert await branch.get(0, 0, 3000) == b"initdb+ingested+received"
+    await engine.crash()
+
+
 async def test_delete_leaves_nothing_and_is_resumed(tmp_path: Path):
     engine, shard, main, other = Engine(tmp_path), new_shard(), TimelineId.generate(), TimelineId.generate()
     tenant = await engine.attach(shard)
