@@ -72,6 +72,7 @@ class WalConnection:
         self._ingested_at = -GATHER_S
         self._ended = False
         self._reply_wanted = False
+        self._asked = False  # feedback was sent, and no WAL came since
         self._paused = False
         self._client: pgclient.PgClient | None = None
         now = time.monotonic()
@@ -150,6 +151,7 @@ class WalConnection:
                 f"safekeeper {self._candidate.safekeeper_id} sent WAL from {format_lsn(message.start_lsn)}, "
                 f"expected {format_lsn(self._received_until)}"
             )
+        self._asked = False
         self._buffer += message.data
         self._received_until += len(message.data)
         self.view.wal_at = self.view.heard_at
@@ -177,7 +179,7 @@ class WalConnection:
     async def _ingest_all(self, client: pgclient.PgClient, start: Lsn, end: "asyncio.Task[None]") -> None:
         decoder = WalDecoder(start, self._timeline.pg_version)
         ingest = WalIngest(self._timeline)
-        self._timeline.ingested_by(self._due.set, self.ingest_received)
+        self._timeline.ingested_by(lambda: self._hurry(client), self.ingest_received)
         try:
             self._send_feedback(client)
             while True:
@@ -206,6 +208,12 @@ class WalConnection:
         finally:
             decoder.close()
 
+    def _hurry(self, client: pgclient.PgClient) -> None:
+        """Somebody waits for WAL: what is here is due, and our safekeeper sends what it keeps back when it hears from us."""
+        self._due.set()
+        if not self._asked and not self._ended and not client.closed:
+            self._send_feedback(client)
+
     async def _gather(self) -> None:
         """Wait for more WAL, as long as the buffer is not due."""
         rest_s = self._ingested_at + GATHER_S - time.monotonic()
@@ -230,6 +238,7 @@ class WalConnection:
     def _send_feedback(self, client: pgclient.PgClient) -> None:
         timeline = self._timeline
         self._reply_wanted = False
+        self._asked = True
         feedback = PageserverFeedback(
             current_timeline_size=Relations.of(timeline).logical_size or 0,
             last_received_lsn=Lsn(timeline.last_record_lsn),

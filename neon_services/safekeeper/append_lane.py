@@ -20,12 +20,10 @@ from neon_services.ground.errors import NeonError
 from neon_services.ground.lsn import INVALID_LSN, Lsn
 from neon_services.protocols.lanes import WRITER, CAppendLane, Lane, function_address, library
 from neon_services.protocols.safekeeper_messages import FRAMED_APPEND_RESPONSE
+from neon_services.safekeeper.connections import SOON_S
 from neon_services.safekeeper.wal_store import WalStore
 from neon_services.wal.buffers import address_of
 
-# so often at most others are told of what the lane took, unless a replica waits for it
-TELL_S = 0.01
-TELL_NOBODY_S = 0.05  # while no pageserver and no replica reads here
 _NOT_WAL = -1
 
 
@@ -46,7 +44,7 @@ class AppendLane(Lane):
         connection: ProposerConnection,
         *,
         refused: Callable[[], bool] = lambda: False,
-        tell_s: Callable[[], float] = lambda: TELL_S,
+        tell_s: Callable[[], float] = lambda: SOON_S,
     ) -> None:
         super().__init__(CAppendLane())
         self._acceptor, self._store, self._proposer = acceptor, store, connection
@@ -98,7 +96,7 @@ class AppendLane(Lane):
         c.commit_lsn = c.truncate_lsn = INVALID_LSN
         c.early_bytes = store.early_bytes if store.disk is REAL_DISK else 0
         c.flags, c.error = os.RWF_DSYNC, 0
-        c.tell_ns = int(self._tell_s() * 1e9)
+        self.retime()
         answer = FRAMED_APPEND_RESPONSE.pack(
             b"d",
             FRAMED_APPEND_RESPONSE.size - 1,
@@ -113,6 +111,13 @@ class AppendLane(Lane):
         store.recall = self.shut
         self.base.open = 1
         return True
+
+    def retime(self) -> None:
+        """Others want to hear of appends sooner or later than before."""
+        c, base = self.c, self.base
+        c.tell_ns = int(self._tell_s() * 1e9)
+        if base.due_ns:
+            base.due_ns = min(base.due_ns, c.told_ns + c.tell_ns)
 
     def detach(self) -> None:
         super().detach()
@@ -156,7 +161,7 @@ class AppendLane(Lane):
         if self.base.leaves:
             self.hand_over()
         else:
-            c.tell_ns = int(self._tell_s() * 1e9)
+            self.retime()
         self.on_due()
 
     def _fail(self, error: int) -> NoReturn:

@@ -15,6 +15,10 @@ from neon_services.protocols.replication_stream import StandbyStatus
 from neon_services.protocols.safekeeper_messages import NO_STANDBY_FEEDBACK, AcceptorMessage, HotStandbyFeedback
 from neon_services.protocols.sharding import ShardIdentity
 
+# How long news of WAL may take to reach a reader. A replica waits for every commit; a pageserver that has said how far it is
+# wants more soon; and one that has got some since then has something to do.
+AT_ONCE_S, SOON_S, LATER_S = 0.0, 0.01, 0.05
+
 _connection_ids = itertools.count(1)
 
 
@@ -32,6 +36,7 @@ class WalReceiverState:
     pack: Callable[[AcceptorMessage], bytes] = operator.methodcaller("pack")
     conn_id: int = field(default_factory=next_connection_id)
     proposer: ProposerConnection = field(default_factory=ProposerConnection)
+    retime: Callable[[], None] = lambda: None  #: readers want news sooner or later than before
 
     def to_json(self) -> dict[str, Any]:
         """Neon's JSON form."""
@@ -52,6 +57,7 @@ class WalSenderState:
     standby_status: StandbyStatus | None = None
     standby_feedback: HotStandbyFeedback = NO_STANDBY_FEEDBACK
     shard: ShardIdentity | None = None  #: of a reader of interpreted WAL
+    news_s: float = AT_ONCE_S  #: how long news may take
 
     @property
     def is_standby(self) -> bool:

@@ -16,6 +16,7 @@ from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.interpreted_options import InterpretedProtocol
 from neon_services.protocols.pgserver import ServerConnection
 from neon_services.protocols.replication_stream import INTERPRETED_HEADER_BYTES, pack_interpreted_header
+from neon_services.safekeeper.connections import SOON_S
 from neon_services.safekeeper.interpreted_chunks import CHUNK_BYTES, ChunkFeed, in_pool
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.walsender import WalSender
@@ -53,6 +54,7 @@ class InterpretedSender(WalSender):
         self._fanout = fanout
         self._state.shard = protocol.shard
         self._state.pageserver = PageserverFeedback()  # nobody else reads interpreted WAL
+        self._state.news_s = SOON_S
 
     async def _stream_from(self, start: Lsn) -> None:
         state = self._timeline.acceptor.state

@@ -21,6 +21,7 @@ from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.safekeeper_messages import AcceptorMessage, AppendRequest
 from neon_services.safekeeper import metrics
 from neon_services.safekeeper.connections import (
+    LATER_S,
     Peer,
     WalReceiverState,
     WalSenderState,
@@ -150,12 +151,14 @@ class Timeline(TimelineStorage):
         return len(self.receivers)
 
     @property
-    def has_replicas(self) -> bool:
-        """Whether a reader is no pageserver, as far as is known: it waits for every commit."""
-        for sender in self.senders.values():  # noqa: SIM110 - every append asks
-            if sender.pageserver is None:
-                return True
-        return False
+    def news_s(self) -> float:
+        """How long news of WAL may take to reach those who read here; 0: each append is told at once."""
+        return min((sender.news_s for sender in self.senders.values()), default=LATER_S)
+
+    def retime(self) -> None:
+        """``news_s`` is not what it was: who takes appends tells of them accordingly."""
+        for receiver in self.receivers.values():
+            receiver.retime()
 
     @property
     def standby_horizon(self) -> Lsn:

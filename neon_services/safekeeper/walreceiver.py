@@ -31,7 +31,7 @@ from neon_services.protocols.safekeeper_messages import (
     parse_proposer_message,
 )
 from neon_services.safekeeper import metrics
-from neon_services.safekeeper.append_lane import TELL_NOBODY_S, TELL_S, AppendLane
+from neon_services.safekeeper.append_lane import AppendLane
 from neon_services.safekeeper.connections import WalReceiverState
 from neon_services.safekeeper.disk_guard import DiskLimitReached
 from neon_services.safekeeper.timeline import Timeline
@@ -175,19 +175,19 @@ class WalReceiver:
         """The lane took appends."""
         self._handled += count
 
-    def _tell_s(self, timeline: Timeline) -> float:
-        """How soon others want to hear of an append."""
-        if timeline.has_replicas:
-            return 0.0
-        return TELL_S if timeline.senders else TELL_NOBODY_S
-
     def _tell_soon(self, timeline: Timeline) -> None:
         """Where the event loop runs no lanes."""
-        delay_s = self._tell_s(timeline)
+        delay_s = timeline.news_s
         if not delay_s:
             self._tell()
         elif self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(delay_s, self._tell)
+
+    def _retime(self) -> None:
+        if self._lane is not None:
+            self._lane.retime()
+        if self._telling is not None:
+            self._tell()
 
     def _tell(self) -> None:
         """Tell everybody else what the lane took."""
@@ -251,13 +251,13 @@ class WalReceiver:
                 timeline.store,
                 self._state.proposer,
                 refused=lambda: self._refusal(timeline) is not None,
-                tell_s=lambda: self._tell_s(timeline),
+                tell_s=lambda: timeline.news_s,
             )
         except ConfigError:
             return  # no compiled library, as WalScanner has told: everything goes the long way
         lane.on_taken, lane.on_due, lane.on_failed = self._taken, self._tell, self._fail
         lane.attach(self._connection)
-        self._lane, self._connection.on_idle = lane, self._lend
+        self._lane, self._connection.on_idle, self._state.retime = lane, self._lend, self._retime
 
     def _on_batch_end(self) -> None:
         timeline = self._timeline

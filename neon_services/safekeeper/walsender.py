@@ -5,7 +5,7 @@ the one it asked for; and what it has once been sent is never sent differently.
 
 Speed: a pageserver gets what comes soon after the last sending a little later and together. The first news after a silence
 goes at once; but every commit for itself would cost the pageserver, this process and the proposer, which gets an answer for
-each, more than the commit.
+each, more than the commit. Its feedback says that it wants more: what there is goes soon then, and what comes afterwards later.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from neon_services.protocols.replication_stream import (
 )
 from neon_services.protocols.safekeeper_messages import HotStandbyFeedback
 from neon_services.safekeeper import metrics
-from neon_services.safekeeper.connections import WalSenderState
+from neon_services.safekeeper.connections import LATER_S, SOON_S, WalSenderState
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.wal_reader import WalReader
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_INTERVAL_S = 1.0
 IDLE_TIMEOUT_S = 600.0
-PAGESERVER_REST_S = 0.008  # less than TELL_S of the append lane: what it tells next can go at once, without a timer
+_REST_SHARE = 0.8  # of the time that news may take: what a lane tells next can then go at once, without a timer
 _TARGETS = {"pageserver", "replica", "standby", "wal_proposer_recovery", "walproposer", "safekeeper"}
 _PAUSE_SEND = failpoints.declare("sk-pause-send")  # everybody but pageservers gets no WAL
 _REPLICA_SLEEP = failpoints.declare("sk-send-wal-replica-sleep", can_wait=True)  # return(ms): after each message
@@ -66,7 +66,7 @@ class WalSender:
         self._failure: NeonError | None = None
         self._heard_at = time.monotonic()
         self._position = INVALID_LSN  # everything below has been sent
-        self._resting = False  # a timer will look whether there is more
+        self._rest: asyncio.TimerHandle | None = None  # at whose end there is more to send
         self._sent_at = -math.inf
         self._waiting_since = 0.0
         self._alarm: asyncio.TimerHandle | None = None  # of the next keepalive
@@ -83,7 +83,7 @@ class WalSender:
         gauge = metrics.WAL_READERS.labels("future", target if target in _TARGETS else "unknown")
         gauge.inc()
         timeline.senders[self._state.conn_id] = self._state
-        timeline.store.recall()  # a lane tells it of WAL from now on
+        timeline.retime()
         self._connection.copy_sink = self._on_message
         self._connection.begin_copy_both()
         ended = asyncio.create_task(self._watch_end())
@@ -91,8 +91,9 @@ class WalSender:
             await self._stream_from(start)
         finally:
             ended.cancel()
-            if self._alarm is not None:
-                self._alarm.cancel()
+            for timer in (self._alarm, self._rest):
+                if timer is not None:
+                    timer.cancel()
             gauge.dec()
             del timeline.senders[self._state.conn_id]
             timeline.standby_feedback_changed()
@@ -135,6 +136,8 @@ class WalSender:
             if self._position < end:
                 await self._send(reader, end)
                 self._sent_at = self._loop.time()
+                if self._state.pageserver is not None and self._term is None:
+                    self._want_news_in(LATER_S)
             await self._wait_for_news(self._position)
 
     async def _wait_for_news(self, position: Lsn) -> None:
@@ -179,8 +182,13 @@ class WalSender:
                 hit = await _REPLICA_SLEEP.reach()
                 await _REPLICA_SLEEP.wait_ms(None if hit is None else hit.value)
 
+    def _want_news_in(self, news_s: float) -> None:
+        if news_s != self._state.news_s:
+            self._state.news_s = news_s
+            self._timeline.retime()
+
     def _end_rest(self) -> None:
-        self._resting = False
+        self._rest = None
         if self._timeline.acceptor.commit_lsn > self._position:
             self._news.set()
 
@@ -192,13 +200,21 @@ class WalSender:
             or self._timeline.acceptor.commit_lsn - self._position >= MAX_XLOG_DATA_BYTES
         ):
             self._news.set()
-        elif not self._resting:
-            rest_s = self._sent_at + PAGESERVER_REST_S - self._loop.time()
+        elif self._rest is None:
+            rest_s = self._sent_at + _REST_SHARE * self._state.news_s - self._loop.time()
             if rest_s <= 0:
                 self._news.set()
             else:
-                self._resting = True
-                self._loop.call_later(rest_s, self._end_rest)
+                self._rest = self._loop.call_later(rest_s, self._end_rest)
+
+    def _feed(self) -> None:
+        """The pageserver wants more: what a lane has taken meanwhile, and perhaps not told, too."""
+        self._want_news_in(SOON_S)
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
+        if self._timeline.acceptor.commit_lsn > self._position:
+            self._wake()
 
     def _is_held_back(self) -> bool:
         is_pageserver = (self._appname or "").split("-")[0] == "pageserver"
@@ -254,6 +270,7 @@ class WalSender:
         timeline = self._timeline
         if isinstance(message, PageserverFeedback):
             self._state.pageserver = message
+            self._feed()
             timeline.pageserver_feedback(message)
         elif isinstance(message, HotStandbyFeedback):
             self._state.standby_feedback = message

@@ -32,7 +32,7 @@ from neon_services.protocols.safekeeper_messages import (
     parse_append_response,
 )
 from neon_services.safekeeper import metrics
-from neon_services.safekeeper.connections import WalSenderState
+from neon_services.safekeeper.connections import AT_ONCE_S, SOON_S, WalSenderState
 from neon_services.safekeeper.disk_guard import DiskGuard, DiskSpace
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
@@ -183,7 +183,7 @@ def test_appends_of_a_leader(tmp_path: Path, reader: str) -> None:
                 sender = WalSenderState(
                     TTID, "reader", None, wake=lambda: woken.append(timeline.store.flush_lsn), close=lambda _: None
                 )
-                sender.pageserver = None if reader == "replica" else PageserverFeedback()
+                sender.news_s = AT_ONCE_S if reader == "replica" else SOON_S
                 timeline.senders[sender.conn_id] = sender
             changes: list[int] = []
             timeline.on_change = lambda changed: changes.append(changed.store.flush_lsn)
@@ -202,6 +202,27 @@ def test_appends_of_a_leader(tmp_path: Path, reader: str) -> None:
             assert timeline.store.written_bytes == len(wal.data)
             assert leader.connection.received_bytes > len(wal.data)
             assert await on_disk(timeline, wal.end) == bytes(wal.data)
+            timeline.senders.clear()
+
+    run(scenario())
+
+
+def test_a_reader_that_wants_news_sooner_does_not_wait_for_the_time_that_was_set(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        wal = WalMaker(START, SEGMENT).records(4)
+        async with a_leader(tmp_path) as leader:
+            timeline, woken = leader.timeline, list[int]()
+            wake = lambda: woken.append(timeline.store.flush_lsn)  # noqa: E731
+            sender = WalSenderState(TTID, "reader", None, wake=wake, close=lambda _: None, news_s=3600.0)
+            timeline.senders[sender.conn_id] = sender
+            position = await leader.warm(wal)
+            for end in wal.record_ends[1:]:
+                await leader.append(wal, position, end, commit=position)
+                position = end
+            assert not woken or woken[-1] < wal.end
+            sender.news_s = SOON_S
+            timeline.retime()
+            await eventually(lambda: woken[-1:] == [wal.end], "the reader to be told")
             timeline.senders.clear()
 
     run(scenario())

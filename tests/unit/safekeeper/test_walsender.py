@@ -73,7 +73,7 @@ def leader(tmp_path: Path) -> Iterator[SmallLeader]:
 
 @pytest.fixture
 async def reader(leader: SmallLeader, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Reader]:
-    monkeypatch.setattr(walsender, "PAGESERVER_REST_S", 3600.0)
+    monkeypatch.setattr(walsender, "LATER_S", 3600.0)
     monkeypatch.setattr(walsender, "KEEPALIVE_INTERVAL_S", 3600.0)
     made = Reader()
     made.sender = WalSender(leader.timeline, made, "pageserver-1", None)  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ async def test_a_replica_gets_every_commit_at_once(leader: SmallLeader, reader: 
 
 
 async def test_a_resting_stream_ends_at_once(leader: SmallLeader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walsender, "PAGESERVER_REST_S", 3600.0)
+    monkeypatch.setattr(walsender, "LATER_S", 3600.0)
     monkeypatch.setattr(walsender, "KEEPALIVE_INTERVAL_S", 3600.0)
     wal = WalMaker(START, SEGMENT).records(2)
     made = Reader()
@@ -177,7 +177,59 @@ async def test_news_after_a_rest_go_at_once(leader: SmallLeader, reader: Reader)
     reader.sender._sent_at -= 3600
     commit(leader, wal, wal.record_ends[1])
     assert (await reader.next()).start_lsn == wal.record_ends[0]
-    assert not reader.sender._resting
+    assert reader.sender._rest is None
+
+
+async def test_a_pageserver_that_speaks_gets_what_there_is_and_the_next_at_once(
+    leader: SmallLeader, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walsender, "SOON_S", 0.0)
+    wal = WalMaker(START, SEGMENT).records(6)
+    timeline, ends, speak = leader.timeline, wal.record_ends, memoryview(pack_pageserver_feedback(PageserverFeedback()))
+    reader.copy_sink(speak)
+    commit(leader, wal, ends[0])
+    await reader.next()
+    assert timeline.news_s == 3600
+    commit(leader, wal, ends[1])
+    await asyncio.sleep(0)
+    assert reader.received.empty()
+    reader.copy_sink(speak)
+    assert timeline.news_s == 0
+    assert (await reader.next()).start_lsn == ends[0]
+    commit(leader, wal, ends[2])
+    await asyncio.sleep(0)
+    assert reader.received.empty() and timeline.news_s == 3600  # it has got some since
+    reader.copy_sink(speak)
+    await reader.next()
+    reader.copy_sink(speak)  # nothing is here for it: the next goes at once
+    commit(leader, wal, ends[3])
+    assert (await reader.next()).start_lsn == ends[2]
+    # a lane took it, and has not told yet
+    monkeypatch.setattr(timeline, "changed", lambda: None)
+    commit(leader, wal, ends[4])
+    await asyncio.sleep(0)
+    assert reader.received.empty()
+    reader.copy_sink(speak)
+    assert (await reader.next()).start_lsn == ends[3]
+
+
+async def test_who_takes_appends_hears_what_readers_want(leader: SmallLeader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walsender, "LATER_S", 3600.0)
+    timeline, wanted, made = leader.timeline, list[float](), Reader()
+    state = WalReceiverState(lambda _: None, lambda _: None, retime=lambda: wanted.append(timeline.news_s))
+    timeline.receivers[state.conn_id] = state
+    task = asyncio.create_task(WalSender(timeline, made, "pageserver-1", None).run(START))  # type: ignore[arg-type]
+    await made.streaming.wait()
+    for _ in range(3):
+        made.copy_sink(memoryview(pack_pageserver_feedback(PageserverFeedback())))
+    wal = WalMaker(START, SEGMENT).records(1)
+    commit(leader, wal, wal.end)
+    await made.next()
+    await eventually(lambda: timeline.news_s == 3600, "the pageserver to be content")
+    assert wanted == [0.0, walsender.SOON_S, 3600.0]  # a replica for all we know, a pageserver, one that has got some
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    timeline.receivers.clear()
 
 
 async def test_computes_hear_of_pageservers_at_once_and_then_seldom(
