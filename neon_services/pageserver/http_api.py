@@ -246,7 +246,7 @@ class ManagementApi:
     async def keyspace(self, request: web.Request) -> web.Response:
         timeline = await self._timeline(request)
         text = request.query.get("at_lsn")
-        lsn = await timeline.latest_lsn() if text is None else parse_lsn(text)
+        lsn = timeline.last_record_lsn if text is None else parse_lsn(text)
         dense, sparse = await self._services.keyspace(timeline, lsn)
 
         def ranges(items: list[tuple[int, int]]) -> list[list[str]]:
@@ -262,7 +262,7 @@ class ManagementApi:
             raise ApiError(400, "query parameter 'key' is missing")
         hi, lo = split_key(parse_key(request.query["key"]))
         text = request.query.get("lsn")
-        lsn = await timeline.latest_lsn() if text is None else parse_lsn(text)
+        lsn = timeline.last_record_lsn if text is None else parse_lsn(text)
         try:
             value = await timeline.get(hi, lo, lsn)
         except MissingKey as error:

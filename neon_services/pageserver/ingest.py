@@ -41,6 +41,7 @@ class WalIngest:
     async def ingest(self, batch: WalBatch) -> None:
         """Ingest all records of a batch; the timeline's ``last_record_lsn`` is then the end of the last one.
 
+        Call ``Timeline.ingest_backpressure`` before the next one.
         Raises CorruptionError for a record that makes no sense; the records before it may or may not be ingested.
         """
         if not len(batch.records):
@@ -49,7 +50,6 @@ class WalIngest:
             await self._tip.load()
             self._loaded = True
         await _BatchIngest(self._timeline, self._tip, batch).run()
-        await self._timeline.ingest_backpressure()
 
 
 class _BatchIngest:

@@ -53,7 +53,7 @@ class LsnWaiters:
         if lsn <= self.lsn:
             return
         if self._closed is not None:
-            raise self._closed
+            raise self._closed.with_traceback(None)  # the same each time
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._heap, (lsn, next(self._sequence), future))
         self.on_wait()
@@ -66,7 +66,7 @@ class LsnWaiters:
         except TimeoutError:
             self._give_up()
             raise LsnTimeout(
-                f"{what} did not reach {format_lsn(lsn)} within {timeout_s:g} s: its last record ends at {format_lsn(self.lsn)}"
+                f"{what} did not reach {format_lsn(lsn)} within {timeout_s:g} s: it is at {format_lsn(self.lsn)}"
             ) from None
 
     def _give_up(self) -> None:

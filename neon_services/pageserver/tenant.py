@@ -78,6 +78,7 @@ class Tenant:
         self.ready = asyncio.Event()  #: set when loading has ended, well or not
         self._node = node
         self._creating: dict[TimelineId, asyncio.Task[Timeline]] = {}
+        self._branching: dict[TimelineId, TimelineId] = {}  # branches that are being created, and their ancestors
         self._deleting: dict[TimelineId, asyncio.Task[None]] = {}
         self._load_task: asyncio.Task[None] | None = None
         self.effective = TenantConf(conf.tenant_conf, node.node_conf)
@@ -247,7 +248,14 @@ class Tenant:
             self._create(timeline_id, pg_version, ancestor, start_lsn), name=f"create {self.shard}/{timeline_id}"
         )
         self._creating[timeline_id] = task
-        task.add_done_callback(lambda _: self._creating.pop(timeline_id, None))
+        if ancestor is not None:
+            self._branching[timeline_id] = ancestor
+
+        def created(_: "asyncio.Task[Timeline]") -> None:
+            del self._creating[timeline_id]
+            self._branching.pop(timeline_id, None)
+
+        task.add_done_callback(created)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -353,6 +361,7 @@ class Tenant:
         if timeline_id in self._deleting:
             raise ApiError(409, f"deletion of timeline {timeline_id} is already in progress")
         children = [str(t.timeline_id) for t in self.timelines.values() if t.ancestor is timeline]
+        children += [f"{child} (being created)" for child, ancestor in self._branching.items() if ancestor == timeline_id]
         if children:
             raise ApiError(412, f"cannot delete timeline {timeline_id}: it has child timelines {', '.join(children)}")
         timeline.state = "Stopping"

@@ -4,8 +4,8 @@ Invariant: bytes are handed to the decoder in stream order without a gap, and fe
 ``last_received_lsn`` is its last record, ``remote_consistent_lsn`` only what may be forgotten by safekeepers.
 
 Speed: ingesting a batch costs about the same whatever its size, and a busy compute has few processors to spare. So a little
-WAL that follows another batch soon is left to become more, unless somebody waits for its LSN or asks for the latest one: a
-reader never notices.
+WAL that follows another batch soon is left to become more, unless somebody waits for its LSN or asks for the latest one. Our
+safekeeper, too, sends WAL soon after feedback, of which each batch is followed by some, and a little later otherwise.
 """
 
 import asyncio
@@ -72,7 +72,6 @@ class WalConnection:
         self._ingested_at = -GATHER_S
         self._ended = False
         self._reply_wanted = False
-        self._asked = False  # feedback was sent, and no WAL came since
         self._paused = False
         self._client: pgclient.PgClient | None = None
         now = time.monotonic()
@@ -151,7 +150,6 @@ class WalConnection:
                 f"safekeeper {self._candidate.safekeeper_id} sent WAL from {format_lsn(message.start_lsn)}, "
                 f"expected {format_lsn(self._received_until)}"
             )
-        self._asked = False
         self._buffer += message.data
         self._received_until += len(message.data)
         self.view.wal_at = self.view.heard_at
@@ -179,7 +177,7 @@ class WalConnection:
     async def _ingest_all(self, client: pgclient.PgClient, start: Lsn, end: "asyncio.Task[None]") -> None:
         decoder = WalDecoder(start, self._timeline.pg_version)
         ingest = WalIngest(self._timeline)
-        self._timeline.ingested_by(lambda: self._hurry(client), self.ingest_received)
+        self._timeline.ingested_by(self._due.set, self.ingest_received)
         try:
             self._send_feedback(client)
             while True:
@@ -205,14 +203,9 @@ class WalConnection:
                 self._ingested.advance(self._received_until - len(self._buffer))
                 self._send_feedback(client)
                 self._resume(client)
+                await self._timeline.ingest_backpressure()
         finally:
             decoder.close()
-
-    def _hurry(self, client: pgclient.PgClient) -> None:
-        """Somebody waits for WAL: what is here is due, and our safekeeper sends what it keeps back when it hears from us."""
-        self._due.set()
-        if not self._asked and not self._ended and not client.closed:
-            self._send_feedback(client)
 
     async def _gather(self) -> None:
         """Wait for more WAL, as long as the buffer is not due."""
@@ -238,7 +231,6 @@ class WalConnection:
     def _send_feedback(self, client: pgclient.PgClient) -> None:
         timeline = self._timeline
         self._reply_wanted = False
-        self._asked = True
         feedback = PageserverFeedback(
             current_timeline_size=Relations.of(timeline).logical_size or 0,
             last_received_lsn=Lsn(timeline.last_record_lsn),

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 PARTIAL_SUFFIX = ".partial"
 SCRATCH_NAME = "waltmp"
 DOWNLOAD_NAME = "remote_partial.tmp"
-# Larger writes leave larger folios in the page cache (Linux 6.16 and later, ext4), and each small durable write costs more then:
-# 25 us instead of 15 with 1 MiB. Smaller ones make the segment itself dearer.
+# Larger writes leave larger folios in the page cache (Linux 6.18, ext4), and each small durable write there costs more then:
+# 25 us of a processor instead of 15 with 1 MiB. Smaller ones make the segment itself dearer.
 _ZEROS = bytes(128 * 1024)
 _ZERO_SEGMENT = failpoints.declare("sk-zero-segment")
 

@@ -186,7 +186,8 @@ class WalReceiver:
     def _retime(self) -> None:
         if self._lane is not None:
             self._lane.retime()
-        if self._telling is not None:
+        timeline, telling = self._timeline, self._telling
+        if timeline is not None and telling is not None and telling.when() > self._clock() + timeline.news_s:
             self._tell()
 
     def _tell(self) -> None:

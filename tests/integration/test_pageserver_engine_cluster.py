@@ -63,12 +63,11 @@ def test_killed_again_and_again_with_small_layers(cluster: Cluster) -> None:
     assert not writer.errors and not writer.lost()
     check_pgbench_invariants(compute)
     expected = dump(compute)
-    end = compute.query("select pg_current_wal_flush_lsn()")[0][0]
     compute.process.stop()
 
-    wait_until(
-        lambda: parse_lsn(cluster.timeline_detail()["last_record_lsn"]) >= parse_lsn(end), "the pageserver to follow", 60
-    )
+    # the compute's last WAL included: the checkpoint below must find nothing on its way
+    end = max(parse_lsn(member.status(cluster.tenant, cluster.timeline)["flush_lsn"]) for member in cluster.safekeepers)
+    wait_until(lambda: parse_lsn(cluster.timeline_detail()["last_record_lsn"]) >= end, "the pageserver to follow", 60)
     http("PUT", timeline + "/checkpoint?wait_until_uploaded=true")
     detail = cluster.timeline_detail()
     assert detail["remote_consistent_lsn"] == detail["disk_consistent_lsn"] == detail["last_record_lsn"]

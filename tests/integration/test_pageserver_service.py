@@ -420,12 +420,12 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
 ) -> None:
     monkeypatch.setattr(wal_connection, "GATHER_S", 3600.0)
     start, wal, ends = make_wal(timeline, 3)
-    blocked, go_on = asyncio.Event(), asyncio.Event()
+    begun, allowed = asyncio.Semaphore(0), asyncio.Semaphore(0)
     ingest = WalIngest.ingest
 
     async def slow_ingest(self: WalIngest, batch: Any) -> None:
-        blocked.set()
-        await go_on.wait()
+        begun.release()
+        await allowed.acquire()
         await ingest(self, batch)
 
     monkeypatch.setattr(WalIngest, "ingest", slow_ingest)
@@ -436,7 +436,7 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
     receiver.start()
     try:
         broker.announce(1, safekeeper.server.port, safekeeper.end)
-        await blocked.wait()
+        await begun.acquire()
         with pytest.raises(LsnTimeout, match="ingest did not reach"):
             await timeline.latest_lsn(0.01)
         asked_meanwhile = asyncio.create_task(timeline.latest_lsn(20))
@@ -445,15 +445,16 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
         await eventually(lambda: receiver.last_received_msg_lsn == ends[1], "more WAL, while a batch is being ingested")
         asked_later = asyncio.create_task(timeline.latest_lsn(20))
         await asyncio.sleep(0)
-        go_on.set()
-        assert await asked_meanwhile >= ends[0]
+        allowed.release()
+        assert await asked_meanwhile == ends[0]
+        await begun.acquire()
+        assert not asked_later.done()
+        allowed.release()
         assert await asked_later == ends[1]
-        go_on.clear()
-        blocked.clear()
         safekeeper.wal = wal[: ends[2] - start]
         await eventually(lambda: receiver.last_received_msg_lsn == ends[2], "WAL that is left lying")
         asked_at_the_end = asyncio.create_task(timeline.latest_lsn(20))
-        await blocked.wait()
+        await begun.acquire()
     finally:
         await receiver.stop()
         await safekeeper.server.stop()

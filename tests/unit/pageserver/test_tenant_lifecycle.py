@@ -136,6 +136,42 @@ async def test_a_branch_from_now_has_all_that_was_received(tmp_path: Path):
     await engine.crash()
 
 
+@pytest.mark.parametrize("succeeds", [True, False])
+async def test_an_ancestor_is_not_deleted_while_it_is_branched(tmp_path: Path, succeeds: bool):
+    engine, shard = Engine(tmp_path), new_shard()
+    tenant = await engine.attach(shard)
+    main, child = TimelineId.generate(), TimelineId.generate()
+    timeline = await tenant.create_timeline(main, pg_version=15)
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def ingest_received(timeout_s: float) -> None:
+        begun.set()
+        await go_on.wait()
+        if not succeeds:
+            raise NeonError("no")
+
+    timeline.ingested_by(lambda: None, ingest_received)
+    creation = asyncio.create_task(tenant.create_timeline(child, pg_version=15, ancestor=main))
+    await begun.wait()
+    with pytest.raises(ApiError, match=rf"child timelines {child} \(being created\)") as refused:
+        await tenant.delete_timeline(main)
+    assert refused.value.status == 412 and timeline.state == "Active"
+    go_on.set()
+    if succeeds:
+        await creation
+        with pytest.raises(ApiError, match=f"child timelines {child}$"):
+            await tenant.delete_timeline(main)
+        await tenant.delete_timeline(child)
+        await tenant.deletion_done(child)
+    else:
+        with pytest.raises(NeonError, match="no"):
+            await creation
+    await tenant.delete_timeline(main)
+    await tenant.deletion_done(main)
+    assert not tenant.timelines
+    await engine.crash()
+
+
 async def test_delete_leaves_nothing_and_is_resumed(tmp_path: Path):
     engine, shard, main, other = Engine(tmp_path), new_shard(), TimelineId.generate(), TimelineId.generate()
     tenant = await engine.attach(shard)

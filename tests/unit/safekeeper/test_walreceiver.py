@@ -9,7 +9,6 @@ import pytest
 from neon_services.consensus.acceptor import AcceptorState
 from neon_services.ground.lsn import Lsn
 from neon_services.protocols import pgwire
-from neon_services.protocols.feedback import PageserverFeedback
 from neon_services.protocols.pgserver import ServerConnection
 from neon_services.protocols.safekeeper_messages import (
     NO_MEMBERSHIP,
@@ -21,7 +20,7 @@ from neon_services.protocols.safekeeper_messages import (
     parse_append_response,
 )
 from neon_services.safekeeper import metrics
-from neon_services.safekeeper.connections import WalSenderState
+from neon_services.safekeeper.connections import AT_ONCE_S, SOON_S, WalSenderState
 from neon_services.safekeeper.timeline import Timeline
 from neon_services.safekeeper.timelines import Timelines
 from neon_services.safekeeper.walreceiver import WalReceiver
@@ -153,7 +152,7 @@ async def test_appends_that_fill_their_reads(timelines: Timelines, timeline: Tim
     proposer = Proposer(timelines)
     woken: list[int] = []
     reader = WalSenderState(TTID, "reader", None, wake=lambda: woken.append(timeline.store.flush_lsn), close=lambda _: None)
-    reader.pageserver = None if replica else PageserverFeedback()
+    reader.news_s = AT_ONCE_S if replica else SOON_S
     timeline.senders[reader.conn_id] = reader
     changes: list[int] = []
     timeline.on_change = lambda changed: changes.append(changed.store.flush_lsn)
@@ -185,6 +184,31 @@ async def test_appends_that_fill_their_reads(timelines: Timelines, timeline: Tim
     assert timeline.store.written_bytes == len(wal.data)
     assert taken == [False] + [timeline._sync] * 39, "the first one shows that the disk can do it"
     assert await on_disk(timeline, wal.end) == bytes(wal.data)
+    proposer.leave()
+
+
+async def test_readers_that_want_news_sooner_hear_at_once_what_was_to_be_told_later(
+    timelines: Timelines, timeline: Timeline
+) -> None:
+    wal = WalMaker(START, SEGMENT).records(3)
+    proposer = Proposer(timelines)
+    woken: list[int] = []
+    wake = lambda: woken.append(timeline.store.flush_lsn)  # noqa: E731
+    reader = WalSenderState(TTID, "reader", None, wake=wake, close=lambda _: None, news_s=1800.0)
+    timeline.senders[reader.conn_id] = reader
+    position = int(START)
+    for end in wal.record_ends:
+        proposer.read(append(wal, position, end))
+        position = end
+    if timeline._sync:  # elsewhere everything goes the long way
+        assert woken[-1:] != [wal.end]
+        reader.news_s = 3600.0
+        timeline.retime()
+        assert woken[-1:] != [wal.end]
+        reader.news_s = SOON_S
+        timeline.retime()
+    assert woken[-1] == wal.end
+    del timeline.senders[reader.conn_id]
     proposer.leave()
 
 
