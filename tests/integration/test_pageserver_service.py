@@ -436,7 +436,7 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
     receiver.start()
     try:
         broker.announce(1, safekeeper.server.port, safekeeper.end)
-        await begun.acquire()
+        await asyncio.wait_for(begun.acquire(), 30)
         with pytest.raises(LsnTimeout, match="ingest did not reach"):
             await timeline.latest_lsn(0.01)
         asked_meanwhile = asyncio.create_task(timeline.latest_lsn(20))
@@ -447,14 +447,14 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
         await asyncio.sleep(0)
         allowed.release()
         assert await asked_meanwhile == ends[0]
-        await begun.acquire()
+        await asyncio.wait_for(begun.acquire(), 30)
         assert not asked_later.done()
         allowed.release()
         assert await asked_later == ends[1]
         safekeeper.wal = wal[: ends[2] - start]
         await eventually(lambda: receiver.last_received_msg_lsn == ends[2], "WAL that is left lying")
         asked_at_the_end = asyncio.create_task(timeline.latest_lsn(20))
-        await begun.acquire()
+        await asyncio.wait_for(begun.acquire(), 30)
     finally:
         await receiver.stop()
         await safekeeper.server.stop()
