@@ -18,12 +18,15 @@ from neon_services.ground.ids import TenantId, TimelineId
 from neon_services.ground.lsn import parse_lsn
 from neon_services.pageserver.layers.names import parse_layer_name
 from neon_services.pageserver.location_config import LocationConf, check_tenant_conf
+from neon_services.pageserver.lsn_waiters import LsnTimeout
 from neon_services.pageserver.shard import TenantShardId
 from neon_services.pageserver.tenant import Tenant
 from neon_services.pageserver.tenant_manager import TenantManager
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.timeline_info import layer_map_info, tenant_info, timeline_info
 from neon_services.pageserver.values import MissingKey, format_key, parse_key, split_key
+
+READ_WAIT_LSN_TIMEOUT_S = 10.0
 
 
 class ApiServices(Protocol):
@@ -245,8 +248,7 @@ class ManagementApi:
 
     async def keyspace(self, request: web.Request) -> web.Response:
         timeline = await self._timeline(request)
-        text = request.query.get("at_lsn")
-        lsn = timeline.last_record_lsn if text is None else parse_lsn(text)
+        lsn = await _read_lsn(timeline, request.query.get("at_lsn"))
         dense, sparse = await self._services.keyspace(timeline, lsn)
 
         def ranges(items: list[tuple[int, int]]) -> list[list[str]]:
@@ -261,13 +263,24 @@ class ManagementApi:
         if "key" not in request.query:
             raise ApiError(400, "query parameter 'key' is missing")
         hi, lo = split_key(parse_key(request.query["key"]))
-        text = request.query.get("lsn")
-        lsn = timeline.last_record_lsn if text is None else parse_lsn(text)
+        lsn = await _read_lsn(timeline, request.query.get("lsn"))
         try:
             value = await timeline.get(hi, lo, lsn)
         except MissingKey as error:
             raise ApiError(404, str(error)) from error
         return web.Response(body=value, content_type="application/octet-stream")
+
+
+async def _read_lsn(timeline: Timeline, text: str | None) -> int:
+    """The tip, at once; or the LSN that was asked for, when the timeline has reached it."""
+    if text is None:
+        return timeline.last_record_lsn
+    lsn = parse_lsn(text)
+    try:
+        await timeline.wait_lsn(lsn, READ_WAIT_LSN_TIMEOUT_S)
+    except LsnTimeout as error:
+        raise ApiError(503, str(error)) from None
+    return lsn
 
 
 def _shard(request: web.Request) -> TenantShardId:

@@ -9,6 +9,7 @@ import pytest
 
 from neon_services.ground import http
 from neon_services.ground.ids import TenantId, TimelineId
+from neon_services.pageserver import http_api
 from neon_services.pageserver.http_api import ManagementApi
 from tests.unit.pageserver.engine_fixtures import Engine
 
@@ -42,7 +43,7 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     await engine.tenants.shutdown()
 
 
-async def test_tenant_and_timeline_over_http(api: Api):
+async def test_tenant_and_timeline_over_http(api: Api, monkeypatch: pytest.MonkeyPatch):
     tenant, main, branch = TenantId.generate(), TimelineId.generate(), TimelineId.generate()
     assert await api.call("GET", "/status") == {"id": 7}
     await api.call("GET", f"/tenant/{tenant}", expect=404)
@@ -79,6 +80,10 @@ async def test_tenant_and_timeline_over_http(api: Api):
     assert api.engine.environment.downloads == 1
     await api.call("GET", f"{base}/layer/{name}", expect=304)
     await api.call("GET", base + "/getpage?key=" + "0" * 35 + "9", expect=404)
+    monkeypatch.setattr(http_api, "READ_WAIT_LSN_TIMEOUT_S", 0.01)
+    assert await api.call("GET", base + "/getpage?lsn=0/3F0&key=" + "0" * 36) == b"initdb"
+    for late in ("/getpage?lsn=0/3F8&key=" + "0" * 36, "/keyspace?at_lsn=0/3F8"):
+        assert "did not reach 0/3F8" in (await api.call("GET", base + late, expect=503))["msg"]
     assert (await api.call("GET", base + "/keyspace"))["keys"] == [["0" * 36, "0" * 35 + "2"]]
 
     await api.call("DELETE", base, expect=412)
