@@ -77,8 +77,7 @@ class Tenant:
         self.timelines: dict[TimelineId, Timeline] = {}
         self.ready = asyncio.Event()  #: set when loading has ended, well or not
         self._node = node
-        self._creating: dict[TimelineId, asyncio.Task[Timeline]] = {}
-        self._branching: dict[TimelineId, TimelineId] = {}  # branches that are being created, and their ancestors
+        self._creating: dict[TimelineId, tuple[asyncio.Task[Timeline], TimelineId | None]] = {}  # and of which ancestor
         self._deleting: dict[TimelineId, asyncio.Task[None]] = {}
         self._load_task: asyncio.Task[None] | None = None
         self.effective = TenantConf(conf.tenant_conf, node.node_conf)
@@ -247,15 +246,8 @@ class Tenant:
         task = asyncio.get_running_loop().create_task(
             self._create(timeline_id, pg_version, ancestor, start_lsn), name=f"create {self.shard}/{timeline_id}"
         )
-        self._creating[timeline_id] = task
-        if ancestor is not None:
-            self._branching[timeline_id] = ancestor
-
-        def created(_: "asyncio.Task[Timeline]") -> None:
-            del self._creating[timeline_id]
-            self._branching.pop(timeline_id, None)
-
-        task.add_done_callback(created)
+        self._creating[timeline_id] = task, ancestor
+        task.add_done_callback(lambda _: self._creating.pop(timeline_id, None))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -361,7 +353,7 @@ class Tenant:
         if timeline_id in self._deleting:
             raise ApiError(409, f"deletion of timeline {timeline_id} is already in progress")
         children = [str(t.timeline_id) for t in self.timelines.values() if t.ancestor is timeline]
-        children += [f"{child} (being created)" for child, ancestor in self._branching.items() if ancestor == timeline_id]
+        children += [f"{child} (being created)" for child, (_, ancestor) in self._creating.items() if ancestor == timeline_id]
         if children:
             raise ApiError(412, f"cannot delete timeline {timeline_id}: it has child timelines {', '.join(children)}")
         timeline.state = "Stopping"
@@ -405,7 +397,7 @@ class Tenant:
         """Stop all timelines; with ``flush`` in-memory data is written and, if there is time, uploaded."""
         if self.state != "Broken":
             self.state = "Stopping"
-        tasks: list[asyncio.Task[Any]] = [*self._deleting.values(), *self._creating.values()]
+        tasks: list[asyncio.Task[Any]] = [*self._deleting.values(), *(task for task, _ in self._creating.values())]
         if self._load_task is not None:
             tasks.append(self._load_task)
         for task in tasks:

@@ -432,7 +432,7 @@ class Timeline:
         """Whether somebody waits for WAL that has not been ingested."""
         return self._last_record.waiting
 
-    async def latest_lsn(self, timeout_s: float = DEFAULT_WAIT_LSN_TIMEOUT_S) -> int:
+    async def latest_lsn(self, timeout_s: float) -> int:
         """``last_record_lsn``, once all WAL that has been received by now is ingested. Raises LsnTimeout."""
         if self._ingest_received is not None:
             await self._ingest_received(timeout_s)

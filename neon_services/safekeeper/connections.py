@@ -59,11 +59,6 @@ class WalSenderState:
     shard: ShardIdentity | None = None  #: of a reader of interpreted WAL
     news_s: float = AT_ONCE_S  #: how long news may take
 
-    @property
-    def is_standby(self) -> bool:
-        """Whether a replica reads here."""
-        return self.pageserver is None
-
     def to_json(self) -> dict[str, Any]:
         """Neon's JSON form."""
         if self.pageserver is not None:

@@ -136,7 +136,7 @@ class WalSender:
             if self._position < end:
                 await self._send(reader, end)
                 self._sent_at = self._loop.time()
-                if self._state.pageserver is not None and self._term is None:
+                if self._rests:
                     self._want_news_in(LATER_S)
             await self._wait_for_news(self._position)
 
@@ -182,6 +182,11 @@ class WalSender:
                 hit = await _REPLICA_SLEEP.reach()
                 await _REPLICA_SLEEP.wait_ms(None if hit is None else hit.value)
 
+    @property
+    def _rests(self) -> bool:
+        """Whether the reader is content with news a little later: a pageserver, of what is committed."""
+        return self._state.pageserver is not None and self._term is None
+
     def _want_news_in(self, news_s: float) -> None:
         if news_s != self._state.news_s:
             self._state.news_s = news_s
@@ -194,11 +199,7 @@ class WalSender:
 
     def _wake(self) -> None:
         """A position moved: for a pageserver not worth a sending of its own when there was one just now."""
-        if (
-            self._state.pageserver is None
-            or self._term is not None
-            or self._timeline.acceptor.commit_lsn - self._position >= MAX_XLOG_DATA_BYTES
-        ):
+        if not self._rests or self._timeline.acceptor.commit_lsn - self._position >= MAX_XLOG_DATA_BYTES:
             self._news.set()
         elif self._rest is None:
             rest_s = self._sent_at + _REST_SHARE * self._state.news_s - self._loop.time()
