@@ -65,8 +65,8 @@ class WalProposer:
         self._tasks: set[asyncio.Task[None]] = set()
         #: The member that is fed late; -1 when all are fed at once.
         self.lazy_slot = -1
-        self._lazy_armed = False
-        self._broadcast_armed = False
+        self._lazy_timer: asyncio.TimerHandle | None = None
+        self._broadcast_timer: asyncio.TimerHandle | None = None
         self._commit_moved_s = 0.0
         self._announced_elected = self._announced_ready = False
         self._full_since_s: float | None = None
@@ -286,6 +286,21 @@ class WalProposer:
         if told_postgres and self.postgres is not None:
             self.postgres.last_status_s = time.time()
 
+    def lend_timers(self) -> tuple[float, float, float] | None:
+        """What the timers wait for is the lanes' to do: when the lazy member is due, when commit_lsn is to be told (0: neither;
+        None: no timer runs), and when commit_lsn moved last. On the loop's clock.
+        """
+        lazy, broadcast = self._lazy_timer, self._broadcast_timer
+        if lazy is None and broadcast is None:
+            return None
+        self._lazy_timer = self._broadcast_timer = None
+        due_s = [0.0, 0.0]
+        for place, timer in enumerate((lazy, broadcast)):
+            if timer is not None:
+                timer.cancel()
+                due_s[place] = timer.when()
+        return due_s[0], due_s[1], self._commit_moved_s
+
     def take_over_timers(self, *, gathered: bool, lazy: bool, broadcast: bool) -> None:
         """The lanes stop, and with them what they would have done a little later."""
         if gathered:
@@ -331,12 +346,11 @@ class WalProposer:
     # -- timers
 
     def _arm_lazy(self) -> None:
-        if not self._lazy_armed:
-            self._lazy_armed = True
-            self._loop.call_later(self.config.lazy_s, self._feed_lazy)
+        if self._lazy_timer is None:
+            self._lazy_timer = self._loop.call_later(self.config.lazy_s, self._feed_lazy)
 
     def _feed_lazy(self) -> None:
-        self._lazy_armed = False
+        self._lazy_timer = None
         if self.lazy_slot >= 0:
             self.pump(self.lazy_slot, now=True)
 
@@ -366,17 +380,15 @@ class WalProposer:
             self.pump(before, now=True)
 
     def _arm_broadcast(self) -> None:
-        if not self._broadcast_armed:
-            self._broadcast_armed = True
-            self._loop.call_later(COMMIT_BROADCAST_S, self._broadcast_later)
+        if self._broadcast_timer is None:
+            self._broadcast_timer = self._loop.call_later(COMMIT_BROADCAST_S, self._broadcast_later)
 
     def _broadcast_later(self) -> None:
+        self._broadcast_timer = None
         if self._loop.time() - self._commit_moved_s < COMMIT_BROADCAST_S:
-            # not the exact rest: the loop's clock counts milliseconds, and a rest below one would make it spin
-            self._loop.call_later(COMMIT_BROADCAST_S, self._broadcast_later)
-            return
-        self._broadcast_armed = False
-        self.broadcast_commit()
+            self._arm_broadcast()  # not the exact rest: the loop's clock counts milliseconds, and less would make it spin
+        else:
+            self.broadcast_commit()
 
     def broadcast_commit(self) -> None:
         """Safekeepers, and through them pageservers, learn commit_lsn soon when no append carries it."""

@@ -104,6 +104,7 @@ class ProposerLanes:
             lane.base.readable = function_address(compiled.proposer_lane_member_readable)
             lane.c.proposer = self.postgres.address
             c.member[slot] = lane.address
+        self._arm = compiled.proposer_lane_arm
         self._selector = loop.lanes
         self._selector.before_wait.append(self.lend)
 
@@ -151,6 +152,10 @@ class ProposerLanes:
         c.paused = owner.postgres is not None and owner.postgres.paused
         for lane in self.members:
             self._lend_member(lane)
+        if (timers := owner.lend_timers()) is not None:
+            lazy_ns, broadcast_ns, moved_ns = (int(at_s * 1e9) for at_s in timers)
+            c.commit_moved_ns = max(c.commit_moved_ns, moved_ns)
+            self._arm(postgres.address, lazy_ns, broadcast_ns)
         connection = postgres.connection
         postgres.base.open = connection is not None and connection.idle and not c.paused
 

@@ -203,6 +203,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(lib, name)
         function.restype, function.argtypes = ctypes.c_size_t, [pointer, pointer, ctypes.c_size_t]
     lib.processors_are_short.restype, lib.processors_are_short.argtypes = ctypes.c_bool, [pointer, ctypes.c_int64]
+    lib.proposer_lane_arm.restype, lib.proposer_lane_arm.argtypes = None, [pointer, ctypes.c_int64, ctypes.c_int64]
     lib.proposer_lane_quorum_lsn.restype, lib.proposer_lane_quorum_lsn.argtypes = ctypes.c_uint64, [pointer]
     return lib
 

@@ -120,6 +120,15 @@ set_due(ProposerLane *proposer)
 	lane_touch(&proposer->lane);
 }
 
+/* What Python had timers for, with the times that were left (0: none), is the lanes' to do. */
+void
+proposer_lane_arm(ProposerLane *proposer, int64_t lazy_due_ns, int64_t broadcast_due_ns)
+{
+	proposer->lazy_due_ns = lane_earlier(proposer->lazy_due_ns, lazy_due_ns);
+	proposer->broadcast_due_ns = lane_earlier(proposer->broadcast_due_ns, broadcast_due_ns);
+	set_due(proposer);
+}
+
 static void
 want(ProposerLane *proposer)
 {

@@ -83,6 +83,7 @@ struct ProposerLane
 extern uint64_t proposer_lane_quorum_lsn(const ProposerLane *proposer);
 extern size_t proposer_lane_take_wal(ProposerLane *proposer, const uint8_t *bytes, size_t count);
 extern size_t proposer_lane_take_answers(ProposerMember *member, const uint8_t *bytes, size_t count);
+extern void proposer_lane_arm(ProposerLane *proposer, int64_t lazy_due_ns, int64_t broadcast_due_ns);
 extern LaneResult proposer_lane_postgres_readable(Lane *lane);
 extern LaneResult proposer_lane_member_readable(Lane *lane);
 extern void proposer_lane_due(Lane *lane, int64_t now_ns);

@@ -237,6 +237,36 @@ def test_members_hear_of_a_commit_that_no_append_tells() -> None:
     run(scenario())
 
 
+def test_what_python_has_timers_for_is_done_by_the_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each commit would keep Python's timer alive, and every round of it costs as much as half a commit."""
+    rang: list[str] = []
+    for name in ("_feed_lazy", "_broadcast_later"):
+        monkeypatch.setattr(WalProposer, name, lambda _, name=name: rang.append(name))
+
+    async def scenario() -> None:
+        bench = await Bench(lazy_ms=20).connect()
+        bench.proposer._choose_lazy()
+        lazy = bench.proposer.lazy_slot
+        first, second = (slot for slot in range(3) if slot != lazy)
+        for number in range(1, 4):
+            await bench.send_wal(b"x" * 100)
+            end = START + 100 * number
+            for slot in (first, second):
+                await eventually(lambda slot=slot, end=end: bench.member_has(slot) == end, "the append", interval=0)
+            await bench.answer(first, end)
+            # the long way, as all that has feedback of a pageserver
+            await bench.answer(second, end, pageserver_feedback=PageserverFeedback(last_received_lsn=START))
+            await eventually(lambda end=end: bench.statuses()[-1:] == [end], "the commit", interval=0)
+        bench.proposer._arm_lazy()
+        for slot in range(3):
+            await eventually(lambda slot=slot: any(a.commit_lsn == end for a in bench.appends(slot)), "a heartbeat")
+        await eventually(lambda: bench.member_has(lazy) == end, "the lazy member's turn")
+        await bench.close()
+
+    run(scenario())
+    assert rang == []
+
+
 def test_reading_stops_when_nothing_is_committed_and_goes_on_afterwards() -> None:
     async def scenario() -> None:
         bench = await Bench().connect()
