@@ -3,7 +3,7 @@
 Invariant: only one thread observes (the event loop's). A scrape that runs in another thread may see an observation half.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
@@ -34,12 +34,14 @@ class HotHistogram(Collector):
         self._sum += value
 
     def observe_all(self, values: Sequence[float]) -> None:
-        """Count many values."""
-        bounds, counts, total = self._bounds, self._counts, self._sum
-        for value in values:
-            counts[bisect_left(bounds, value)] += 1
-            total += value
-        self._sum = total
+        """Count many values. Costs one step for each bucket, not for each value."""
+        counts, ordered, below = self._counts, sorted(values), 0
+        for bucket, bound in enumerate(self._bounds):
+            upto = bisect_right(ordered, bound, below)
+            counts[bucket] += upto - below
+            below = upto
+        counts[-1] += len(ordered) - below
+        self._sum += sum(values)
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
         """The name, by which the registry notices that it is taken."""

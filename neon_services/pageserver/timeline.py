@@ -94,7 +94,7 @@ class Timeline:
         self.leases = LsnLeases()
         self.uploads: UploadQueue | None = None
         self._last_record = LsnWaiters(disk_consistent_lsn)
-        self._ingest_received: Callable[[float], Awaitable[None]] | None = None
+        self._ingest_latest: Callable[[float], Awaitable[None]] | None = None
         self._disk_consistent = LsnWaiters(disk_consistent_lsn)
         self._remote_consistent = LsnWaiters(0)
         self._validated_lsn = 0
@@ -433,19 +433,19 @@ class Timeline:
         return self._last_record.waiting
 
     async def latest_lsn(self, timeout_s: float) -> int:
-        """``last_record_lsn``, once all WAL that has been received by now is ingested. Raises LsnTimeout."""
-        if self._ingest_received is not None:
-            await self._ingest_received(timeout_s)
+        """``last_record_lsn``, once all that the safekeeper has sent or kept back by now is ingested. Raises LsnTimeout."""
+        if self._ingest_latest is not None:
+            await self._ingest_latest(timeout_s)
         return self.last_record_lsn
 
-    def ingested_by(self, on_wait: Callable[[], None], ingest_received: Callable[[float], Awaitable[None]]) -> None:
+    def ingested_by(self, on_wait: Callable[[], None], ingest_latest: Callable[[float], Awaitable[None]]) -> None:
         """From now on this one ingests, and may take its time.
 
-        ``on_wait`` is called when somebody begins to wait for WAL that has not been ingested; ``ingest_received``, with a
-        timeout in seconds, returns when nothing is left of what had been received, and raises LsnTimeout.
+        ``on_wait`` is called when somebody begins to wait for WAL that has not been ingested; ``ingest_latest``, with a
+        timeout in seconds, returns when nothing is left of what was there to be had, and raises LsnTimeout.
         """
         self._last_record.on_wait = on_wait
-        self._ingest_received = ingest_received
+        self._ingest_latest = ingest_latest
 
     async def get_many(self, key_hi: U64Array | Sequence[int], key_lo: U64Array | Sequence[int], lsn: int) -> list[Any]:
         """The values of keys at an LSN (``lsn <= last_record_lsn`` is the caller's business).

@@ -22,7 +22,7 @@ from neon_services.ground.net import parse_host_port
 from neon_services.ground.pgtime import to_postgres_us
 from neon_services.ground.tls import ClientTls
 from neon_services.pageserver.ingest import WalIngest
-from neon_services.pageserver.lsn_waiters import LsnWaiters
+from neon_services.pageserver.lsn_waiters import LsnTimeout, LsnWaiters
 from neon_services.pageserver.relations import Relations
 from neon_services.pageserver.timeline import Timeline
 from neon_services.pageserver.wal_candidates import Candidate, ConnectionView
@@ -37,6 +37,7 @@ CHUNK_BYTES = 1 << 20  # decoded and ingested at a time: large enough for bulk w
 BUFFER_HIGH_BYTES = 8 << 20  # above, the socket is not read
 GATHER_S = 0.2  # the shortest time between two batches smaller than GATHER_BYTES
 GATHER_BYTES = 256 << 10
+ASKED_S = 0.02  # within this time after feedback our safekeeper sends what it has: twice what it takes for that
 
 _RECEIVED_BYTES = Counter("pageserver_wal_ingest_bytes_received", "Bytes of WAL received")
 _RECEIVED_RECORDS = Counter("pageserver_wal_ingest_records_received", "WAL records decoded")
@@ -122,10 +123,16 @@ class WalConnection:
             client.abort()
             self._ingested.close(_StreamOver("the stream of WAL is over"))
 
-    async def ingest_received(self, timeout_s: float) -> None:
-        """Return when all that has been received by now is ingested, or the stream is over. Raises LsnTimeout."""
+    async def ingest_latest(self, timeout_s: float) -> None:
+        """Return when all that has been received by now is ingested, and what the safekeeper had kept back, or the stream is
+        over. Raises LsnTimeout.
+        """
+        what = f"timeline {self._timeline}: ingest"
         with contextlib.suppress(_StreamOver):
-            await self._ingested.wait(self._received_until, timeout_s, f"timeline {self._timeline}: ingest")
+            await self._ingested.wait(self._received_until, timeout_s, what)
+            # the feedback after that has brought what there was; when nothing comes there was nothing
+            with contextlib.suppress(LsnTimeout):
+                await self._ingested.wait(self._ingested.lsn + 1, ASKED_S, what)
 
     def _parameters(self) -> dict[str, str]:
         timeline = self._timeline
@@ -177,7 +184,7 @@ class WalConnection:
     async def _ingest_all(self, client: pgclient.PgClient, start: Lsn, end: "asyncio.Task[None]") -> None:
         decoder = WalDecoder(start, self._timeline.pg_version)
         ingest = WalIngest(self._timeline)
-        self._timeline.ingested_by(self._due.set, self.ingest_received)
+        self._timeline.ingested_by(self._due.set, self.ingest_latest)
         try:
             self._send_feedback(client)
             while True:

@@ -32,7 +32,7 @@ BUFFER_BYTES = 2 * 1024 * 1024
 MAX_MEMBERS = 16
 #: Offsets and sizes of what the C side calls by the same names.
 APPEND_ANSWER_BYTES = 58
-APPEND_WRITES = 128
+APPEND_WRITES = 1024
 STANDBY_BYTES = 24
 _MESSAGE_BYTES = 50 + 128 * 1024 + 2
 _STATUS_BYTES = 39

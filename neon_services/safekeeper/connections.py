@@ -17,7 +17,7 @@ from neon_services.protocols.sharding import ShardIdentity
 
 # How long news of WAL may take to reach a reader. A replica waits for every commit; a pageserver that has said how far it is
 # wants more soon; and one that has got some since then has something to do.
-AT_ONCE_S, SOON_S, LATER_S = 0.0, 0.01, 0.05
+AT_ONCE_S, SOON_S, LATER_S = 0.0, 0.01, 0.2
 
 _connection_ids = itertools.count(1)
 

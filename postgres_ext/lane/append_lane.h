@@ -9,7 +9,7 @@
 #include "messages.h"
 #include "walstream.h"
 
-#define APPEND_WRITES 128
+#define APPEND_WRITES 1024
 
 typedef enum AppendError
 {

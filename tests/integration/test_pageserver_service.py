@@ -1,6 +1,7 @@
 """The page service and WAL receiving on a bootstrapped timeline: real initdb and libraries, fake broker and safekeeper."""
 
 import asyncio
+import contextlib
 import io
 import struct
 import tarfile
@@ -266,7 +267,7 @@ class FakeBroker:
 
 
 class FakeSafekeeper:
-    """Streams bytes of WAL; ``cut_after`` bytes it breaks the connection."""
+    """Streams bytes of WAL; ``cut_after`` bytes it breaks the connection, and after feedback it has ``kept_back`` to send."""
 
     def __init__(self, start: int, wal: bytes) -> None:
         self.start, self.wal = start, wal
@@ -274,11 +275,19 @@ class FakeSafekeeper:
         self.end_normally = False
         self.starts: list[int] = []
         self.feedback: list[Any] = []
+        self.kept_back: bytes | None = None
+        self.fed = asyncio.Event()
         self.server = PgServer(lambda connection: _SafekeeperSession(self, connection))
 
     @property
     def end(self) -> int:
         return self.start + len(self.wal)
+
+    def on_feedback(self, body: memoryview) -> None:
+        self.feedback.append(parse_receiver_message(bytes(body)))
+        if self.kept_back is not None:
+            self.wal, self.kept_back = self.kept_back, None
+        self.fed.set()
 
 
 class _SafekeeperSession:
@@ -301,7 +310,7 @@ class _SafekeeperSession:
             return
         start = parse_lsn(sql.removeprefix("START_REPLICATION PHYSICAL "))
         safekeeper.starts.append(start)
-        connection.copy_sink = lambda body: safekeeper.feedback.append(parse_receiver_message(bytes(body)))
+        connection.copy_sink = safekeeper.on_feedback
         connection.begin_copy_both()
         sent = 0
         for at in range(start, safekeeper.end, 3001):
@@ -321,7 +330,9 @@ class _SafekeeperSession:
                 connection.send_copy_data(XLogData(Lsn(at), Lsn(safekeeper.end), 0, part).pack())
                 sent += len(part)
             connection.send_copy_data(Keepalive(Lsn(safekeeper.end), 0, True).pack())
-            await asyncio.sleep(0.05)
+            safekeeper.fed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(safekeeper.fed.wait(), 0.05)
 
 
 def make_wal(timeline: Timeline, messages: int, size: int = 900) -> tuple[int, bytes, list[int]]:
@@ -460,6 +471,30 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
         await safekeeper.server.stop()
     assert await asked_at_the_end == ends[1]
     assert await timeline.latest_lsn(20) == ends[1]
+
+
+async def test_the_latest_lsn_is_that_of_what_the_safekeeper_kept_back(
+    timeline: Timeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wal_connection, "GATHER_S", 3600.0)
+    monkeypatch.setattr(wal_connection, "ASKED_S", 30.0)
+    start, wal, ends = make_wal(timeline, 3)
+    broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal[: ends[0] - start])
+    await safekeeper.server.start("127.0.0.1", 0)
+    receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
+    receiver.start()
+    try:
+        broker.announce(1, safekeeper.server.port, safekeeper.end)
+        await eventually(lambda: timeline.last_record_lsn == ends[0], "the first batch, at once")
+        safekeeper.wal = wal[: ends[1] - start]
+        await eventually(lambda: receiver.last_received_msg_lsn == ends[1], "WAL that is left lying")
+        safekeeper.kept_back = wal
+        assert await timeline.latest_lsn(20) == ends[2]
+        monkeypatch.setattr(wal_connection, "ASKED_S", 0.01)
+        assert await timeline.latest_lsn(20) == ends[2]  # there is nothing more
+    finally:
+        await receiver.stop()
+        await safekeeper.server.stop()
 
 
 async def test_a_little_wal_is_left_to_become_more_unless_somebody_waits(

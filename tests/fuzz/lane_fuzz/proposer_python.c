@@ -184,6 +184,13 @@ lend(Proposal *run)
 		keeper->lent_flush_lsn = member->flush_lsn;
 		member->lane.open = member->active && keeper->link.held.size == 0;
 	}
+	/* timers that Python had: one of them, or both */
+	if (one_in(20))
+	{
+		int64_t		at_ns = (int64_t) clock_ns + below(3000000) - 1000000;
+
+		proposer_lane_arm(proposer, one_in(2) ? at_ns : 0, one_in(2) ? at_ns + below(3000000) : 0);
+	}
 }
 
 /* What the lanes left to Python, but for bytes. */

@@ -123,11 +123,11 @@ async def test_a_branch_from_now_has_all_that_was_received(tmp_path: Path):
     timeline = await tenant.create_timeline(main, pg_version=15)
     write(timeline, 2000, (0, WAL, b"+ingested"))
 
-    async def ingest_received(timeout_s: float) -> None:
+    async def ingest_latest(timeout_s: float) -> None:
         await asyncio.sleep(0)
         write(timeline, 3000, (0, WAL, b"+received"))
 
-    timeline.ingested_by(lambda: None, ingest_received)
+    timeline.ingested_by(lambda: None, ingest_latest)
     branch = await tenant.create_timeline(earlier, pg_version=15, ancestor=main, start_lsn=2000)
     assert (branch.ancestor_lsn, timeline.last_record_lsn) == (2000, 2000)
     branch = await tenant.create_timeline(now, pg_version=15, ancestor=main)
@@ -144,13 +144,13 @@ async def test_an_ancestor_is_not_deleted_while_it_is_branched(tmp_path: Path, s
     timeline = await tenant.create_timeline(main, pg_version=15)
     begun, go_on = asyncio.Event(), asyncio.Event()
 
-    async def ingest_received(timeout_s: float) -> None:
+    async def ingest_latest(timeout_s: float) -> None:
         begun.set()
         await go_on.wait()
         if not succeeds:
             raise NeonError("no")
 
-    timeline.ingested_by(lambda: None, ingest_received)
+    timeline.ingested_by(lambda: None, ingest_latest)
     creation = asyncio.create_task(tenant.create_timeline(child, pg_version=15, ancestor=main))
     await begun.wait()
     with pytest.raises(ApiError, match=rf"child timelines {child} \(being created\)") as refused:
