@@ -34,7 +34,11 @@ class HotHistogram(Collector):
         self._sum += value
 
     def observe_all(self, values: Sequence[float]) -> None:
-        """Count many values. Costs one step for each bucket, not for each value."""
+        """Count values. Costs one step for each bucket, when there are more values than that."""
+        if len(values) < len(self._bounds):
+            for value in values:
+                self.observe(value)
+            return
         counts, ordered, below = self._counts, sorted(values), 0
         for bucket, bound in enumerate(self._bounds):
             upto = bisect_right(ordered, bound, below)

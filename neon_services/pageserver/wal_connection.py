@@ -37,7 +37,8 @@ CHUNK_BYTES = 1 << 20  # decoded and ingested at a time: large enough for bulk w
 BUFFER_HIGH_BYTES = 8 << 20  # above, the socket is not read
 GATHER_S = 0.2  # the shortest time between two batches smaller than GATHER_BYTES
 GATHER_BYTES = 256 << 10
-ASKED_S = 0.02  # within this time after feedback our safekeeper sends what it has: twice what it takes for that
+ASKED_S = 0.02  # within this time after feedback our safekeeper begins to send what it has: twice what it takes for that
+_NEVER = 1 << 64
 
 _RECEIVED_BYTES = Counter("pageserver_wal_ingest_bytes_received", "Bytes of WAL received")
 _RECEIVED_RECORDS = Counter("pageserver_wal_ingest_records_received", "WAL records decoded")
@@ -66,6 +67,7 @@ class WalConnection:
         self._availability_zone = availability_zone
         self._buffer = bytearray()
         self._received_until = 0
+        self._offered_lsn = 0  # up to where the safekeeper had WAL for us when it sent some
         self._wake = asyncio.Event()
         self._due = asyncio.Event()  # what is in the buffer must be ingested now
         self._ingested = LsnWaiters(0)  # up to where the bytes of the stream went to the decoder and what came out was ingested
@@ -128,11 +130,14 @@ class WalConnection:
         over. Raises LsnTimeout.
         """
         what = f"timeline {self._timeline}: ingest"
+        until = time.monotonic() + timeout_s
         with contextlib.suppress(_StreamOver):
             await self._ingested.wait(self._received_until, timeout_s, what)
-            # the feedback after that has brought what there was; when nothing comes there was nothing
+            # The feedback after that asks for what there is. While somebody waits, all that comes is ingested at once and asks
+            # for more; the first message already says up to where there is more.
             with contextlib.suppress(LsnTimeout):
-                await self._ingested.wait(self._ingested.lsn + 1, ASKED_S, what)
+                await self._ingested.wait(_NEVER, ASKED_S, what)
+            await self._ingested.wait(self._offered_lsn, max(0.0, until - time.monotonic()), what)
 
     def _parameters(self) -> dict[str, str]:
         timeline = self._timeline
@@ -159,6 +164,7 @@ class WalConnection:
             )
         self._buffer += message.data
         self._received_until += len(message.data)
+        self._offered_lsn = message.wal_end_lsn
         self.view.wal_at = self.view.heard_at
         self.view.commit_lsn = message.wal_end_lsn
         self.last_message_lsn = self._received_until

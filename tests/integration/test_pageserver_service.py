@@ -267,7 +267,10 @@ class FakeBroker:
 
 
 class FakeSafekeeper:
-    """Streams bytes of WAL; ``cut_after`` bytes it breaks the connection, and after feedback it has ``kept_back`` to send."""
+    """Streams bytes of WAL; ``cut_after`` bytes it breaks the connection; after feedback it sends what it had ``kept_back``.
+
+    That goes in two messages, the second when ``goes_on`` is set.
+    """
 
     def __init__(self, start: int, wal: bytes) -> None:
         self.start, self.wal = start, wal
@@ -276,7 +279,7 @@ class FakeSafekeeper:
         self.starts: list[int] = []
         self.feedback: list[Any] = []
         self.kept_back: bytes | None = None
-        self.fed = asyncio.Event()
+        self.fed, self.goes_on = asyncio.Event(), asyncio.Event()
         self.server = PgServer(lambda connection: _SafekeeperSession(self, connection))
 
     @property
@@ -287,7 +290,7 @@ class FakeSafekeeper:
         self.feedback.append(parse_receiver_message(bytes(body)))
         if self.kept_back is not None:
             self.wal, self.kept_back = self.kept_back, None
-        self.fed.set()
+            self.fed.set()
 
 
 class _SafekeeperSession:
@@ -327,10 +330,15 @@ class _SafekeeperSession:
         while not connection.closed:
             if (at := start + sent) < safekeeper.end:  # it has grown
                 part = safekeeper.wal[at - safekeeper.start :]
-                connection.send_copy_data(XLogData(Lsn(at), Lsn(safekeeper.end), 0, part).pack())
+                if safekeeper.fed.is_set():
+                    first, part = part[: len(part) // 2], part[len(part) // 2 :]
+                    connection.send_copy_data(XLogData(Lsn(at), Lsn(safekeeper.end), 0, first).pack())
+                    sent += len(first)
+                    await safekeeper.goes_on.wait()
+                    safekeeper.fed.clear()
+                connection.send_copy_data(XLogData(Lsn(start + sent), Lsn(safekeeper.end), 0, part).pack())
                 sent += len(part)
             connection.send_copy_data(Keepalive(Lsn(safekeeper.end), 0, True).pack())
-            safekeeper.fed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(safekeeper.fed.wait(), 0.05)
 
@@ -430,7 +438,8 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
     timeline: Timeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wal_connection, "GATHER_S", 3600.0)
-    start, wal, ends = make_wal(timeline, 3)
+    monkeypatch.setattr(wal_connection, "ASKED_S", 0.0)
+    start, wal, ends = make_wal(timeline, 4)
     begun, allowed = asyncio.Semaphore(0), asyncio.Semaphore(0)
     ingest = WalIngest.ingest
 
@@ -457,28 +466,33 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
         asked_later = asyncio.create_task(timeline.latest_lsn(20))
         await asyncio.sleep(0)
         allowed.release()
-        assert await asked_meanwhile == ends[0]
+        await asyncio.wait_for(begun.acquire(), 30)
+        assert not asked_meanwhile.done()
+        safekeeper.wal = wal[: ends[2] - start]
+        await eventually(lambda: receiver.last_received_msg_lsn == ends[2], "more WAL than was there after the first batch")
+        allowed.release()
+        assert await asked_meanwhile == ends[1]
         await asyncio.wait_for(begun.acquire(), 30)
         assert not asked_later.done()
         allowed.release()
-        assert await asked_later == ends[1]
-        safekeeper.wal = wal[: ends[2] - start]
-        await eventually(lambda: receiver.last_received_msg_lsn == ends[2], "WAL that is left lying")
+        assert await asked_later == ends[2]
+        safekeeper.wal = wal
+        await eventually(lambda: receiver.last_received_msg_lsn == ends[3], "WAL that is left lying")
         asked_at_the_end = asyncio.create_task(timeline.latest_lsn(20))
         await asyncio.wait_for(begun.acquire(), 30)
     finally:
         await receiver.stop()
         await safekeeper.server.stop()
-    assert await asked_at_the_end == ends[1]
-    assert await timeline.latest_lsn(20) == ends[1]
+    assert await asked_at_the_end == ends[2]
+    assert await timeline.latest_lsn(20) == ends[2]
 
 
 async def test_the_latest_lsn_is_that_of_what_the_safekeeper_kept_back(
     timeline: Timeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wal_connection, "GATHER_S", 3600.0)
-    monkeypatch.setattr(wal_connection, "ASKED_S", 30.0)
-    start, wal, ends = make_wal(timeline, 3)
+    monkeypatch.setattr(wal_connection, "ASKED_S", 0.3)
+    start, wal, ends = make_wal(timeline, 40)
     broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal[: ends[0] - start])
     await safekeeper.server.start("127.0.0.1", 0)
     receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
@@ -489,9 +503,13 @@ async def test_the_latest_lsn_is_that_of_what_the_safekeeper_kept_back(
         safekeeper.wal = wal[: ends[1] - start]
         await eventually(lambda: receiver.last_received_msg_lsn == ends[1], "WAL that is left lying")
         safekeeper.kept_back = wal
-        assert await timeline.latest_lsn(20) == ends[2]
-        monkeypatch.setattr(wal_connection, "ASKED_S", 0.01)
-        assert await timeline.latest_lsn(20) == ends[2]  # there is nothing more
+        asked = asyncio.create_task(timeline.latest_lsn(20))
+        await eventually(lambda: ends[1] < timeline.last_record_lsn < ends[-1], "the first half of what was kept back")
+        with pytest.raises(TimeoutError):  # the rest was offered, and is waited for much longer than for an answer
+            await asyncio.wait_for(asyncio.shield(asked), 0.9)
+        safekeeper.goes_on.set()
+        assert await asked == ends[-1]
+        assert await timeline.latest_lsn(20) == ends[-1]  # there is nothing more
     finally:
         await receiver.stop()
         await safekeeper.server.stop()
