@@ -120,7 +120,7 @@ set_due(ProposerLane *proposer)
 	lane_touch(&proposer->lane);
 }
 
-/* What Python had timers for, with the times that were left (0: none), is the lanes' to do. */
+/* What Python had timers for is the lanes' to do, at these times (0: there was none). */
 void
 proposer_lane_arm(ProposerLane *proposer, int64_t lazy_due_ns, int64_t broadcast_due_ns)
 {
