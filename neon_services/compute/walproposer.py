@@ -50,6 +50,14 @@ SETTLED_S = 1.0
 Emit = Callable[[dict[str, Any]], None]
 
 
+def _stopped(timer: asyncio.TimerHandle | None) -> float:
+    """Stop this timer; when it would have rung on the loop's clock, 0 without one."""
+    if timer is None:
+        return 0.0
+    timer.cancel()
+    return timer.when()
+
+
 class WalProposer:
     """One run: from the campaign to the end of the compute."""
 
@@ -294,12 +302,7 @@ class WalProposer:
         if lazy is None and broadcast is None:
             return None
         self._lazy_timer = self._broadcast_timer = None
-        due_s = [0.0, 0.0]
-        for place, timer in enumerate((lazy, broadcast)):
-            if timer is not None:
-                timer.cancel()
-                due_s[place] = timer.when()
-        return due_s[0], due_s[1], self._commit_moved_s
+        return _stopped(lazy), _stopped(broadcast), self._commit_moved_s
 
     def take_over_timers(self, *, gathered: bool, lazy: bool, broadcast: bool) -> None:
         """The lanes stop, and with them what they would have done a little later."""

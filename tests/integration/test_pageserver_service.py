@@ -360,14 +360,24 @@ def make_wal(timeline: Timeline, messages: int, size: int = 900) -> tuple[int, b
     return start, bytes(parts[: position - start]), ends
 
 
-async def test_wal_is_received_through_failures(timeline: Timeline) -> None:
-    start, wal, ends = make_wal(timeline, 200)
-    broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal)
+@contextlib.asynccontextmanager
+async def receiving(timeline: Timeline, broker: FakeBroker, safekeeper: FakeSafekeeper) -> AsyncIterator[WalReceiver]:
+    """A receiver of WAL, and the safekeeper, which the broker has not announced yet."""
     await safekeeper.server.start("127.0.0.1", 0)
-    safekeeper.cut_after = len(wal) // 3
     receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
     receiver.start()
     try:
+        yield receiver
+    finally:
+        await receiver.stop()
+        await safekeeper.server.stop()
+
+
+async def test_wal_is_received_through_failures(timeline: Timeline) -> None:
+    start, wal, ends = make_wal(timeline, 200)
+    broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal)
+    safekeeper.cut_after = len(wal) // 3
+    async with receiving(timeline, broker, safekeeper) as receiver:
         broker.announce(1, 1, safekeeper.end + 1)  # nobody listens there, though it claims to be ahead
         broker.announce(2, safekeeper.server.port, safekeeper.end)
         await eventually(lambda: len(safekeeper.starts) >= 2, "a second connection")
@@ -382,9 +392,6 @@ async def test_wal_is_received_through_failures(timeline: Timeline) -> None:
         assert "streaming from safekeeper 2" in receiver.status
         assert receiver.wal_source_connstr == f"127.0.0.1:{safekeeper.server.port}"
         assert receiver.last_received_msg_lsn == safekeeper.end
-    finally:
-        await receiver.stop()
-        await safekeeper.server.stop()
 
 
 async def test_damaged_wal_stops_at_the_damage_and_is_retried(timeline: Timeline, caplog: pytest.LogCaptureFixture) -> None:
@@ -392,10 +399,7 @@ async def test_damaged_wal_stops_at_the_damage_and_is_retried(timeline: Timeline
     damaged = bytearray(wal)
     damaged[ends[24] - start + 100] ^= 0xFF
     broker, safekeeper = FakeBroker(), FakeSafekeeper(start, bytes(damaged))
-    await safekeeper.server.start("127.0.0.1", 0)
-    receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
-    receiver.start()
-    try:
+    async with receiving(timeline, broker, safekeeper):
         broker.announce(1, safekeeper.server.port, safekeeper.end)
         await eventually(lambda: len(safekeeper.starts) >= 3, "retries")
         assert timeline.last_record_lsn < ends[25]
@@ -403,19 +407,13 @@ async def test_damaged_wal_stops_at_the_damage_and_is_retried(timeline: Timeline
         safekeeper.wal = wal
         broker.announce(1, safekeeper.server.port, safekeeper.end)
         await eventually(lambda: timeline.last_record_lsn == ends[-1], "the rest after the repair", 20)
-    finally:
-        await receiver.stop()
-        await safekeeper.server.stop()
 
 
 async def test_an_idle_safekeeper_is_asked_for_when_somebody_waits(timeline: Timeline, monkeypatch: pytest.MonkeyPatch) -> None:
     start, wal, ends = make_wal(timeline, 3)
     broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal)
     safekeeper.end_normally = True
-    await safekeeper.server.start("127.0.0.1", 0)
-    receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
-    receiver.start()
-    try:
+    async with receiving(timeline, broker, safekeeper) as receiver:
         waiter = asyncio.create_task(timeline.wait_lsn(ends[-1], 20))
         async with asyncio.timeout(5):
             request = await broker.asked.get()
@@ -429,9 +427,6 @@ async def test_an_idle_safekeeper_is_asked_for_when_somebody_waits(timeline: Tim
         await eventually(lambda: receiver.wal_source_connstr is None, "the end of the stream")
         await eventually(lambda: "not connected; candidates []" in receiver.status, "the safekeeper being forgotten")
         assert len(safekeeper.starts) == 1
-    finally:
-        await receiver.stop()
-        await safekeeper.server.stop()
 
 
 async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
@@ -450,11 +445,8 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
 
     monkeypatch.setattr(WalIngest, "ingest", slow_ingest)
     broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal[: ends[0] - start])
-    await safekeeper.server.start("127.0.0.1", 0)
-    receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
     assert await timeline.latest_lsn(0.01) == timeline.last_record_lsn  # nobody ingests yet
-    receiver.start()
-    try:
+    async with receiving(timeline, broker, safekeeper) as receiver:
         broker.announce(1, safekeeper.server.port, safekeeper.end)
         await asyncio.wait_for(begun.acquire(), 30)
         with pytest.raises(LsnTimeout, match="ingest did not reach"):
@@ -480,9 +472,6 @@ async def test_the_latest_lsn_waits_for_what_was_received_and_no_longer(
         await eventually(lambda: receiver.last_received_msg_lsn == ends[3], "WAL that is left lying")
         asked_at_the_end = asyncio.create_task(timeline.latest_lsn(20))
         await asyncio.wait_for(begun.acquire(), 30)
-    finally:
-        await receiver.stop()
-        await safekeeper.server.stop()
     assert await asked_at_the_end == ends[2]
     assert await timeline.latest_lsn(20) == ends[2]
 
@@ -494,10 +483,7 @@ async def test_the_latest_lsn_is_that_of_what_the_safekeeper_kept_back(
     monkeypatch.setattr(wal_connection, "ASKED_S", 0.3)
     start, wal, ends = make_wal(timeline, 40)
     broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal[: ends[0] - start])
-    await safekeeper.server.start("127.0.0.1", 0)
-    receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
-    receiver.start()
-    try:
+    async with receiving(timeline, broker, safekeeper) as receiver:
         broker.announce(1, safekeeper.server.port, safekeeper.end)
         await eventually(lambda: timeline.last_record_lsn == ends[0], "the first batch, at once")
         safekeeper.wal = wal[: ends[1] - start]
@@ -510,9 +496,6 @@ async def test_the_latest_lsn_is_that_of_what_the_safekeeper_kept_back(
         safekeeper.goes_on.set()
         assert await asked == ends[-1]
         assert await timeline.latest_lsn(20) == ends[-1]  # there is nothing more
-    finally:
-        await receiver.stop()
-        await safekeeper.server.stop()
 
 
 async def test_a_little_wal_is_left_to_become_more_unless_somebody_waits(
@@ -521,15 +504,12 @@ async def test_a_little_wal_is_left_to_become_more_unless_somebody_waits(
     monkeypatch.setattr(wal_connection, "GATHER_S", 3600.0)
     start, wal, ends = make_wal(timeline, 600)
     broker, safekeeper = FakeBroker(), FakeSafekeeper(start, wal[: ends[0] - start])
-    await safekeeper.server.start("127.0.0.1", 0)
-    receiver = WalReceiver(timeline, broker, 7)  # type: ignore[arg-type]
-    receiver.start()
 
     async def grow(end: int) -> None:
         safekeeper.wal = wal[: end - start]
         await eventually(lambda: receiver.last_received_msg_lsn == end, "the WAL at the pageserver")
 
-    try:
+    async with receiving(timeline, broker, safekeeper) as receiver:
         broker.announce(1, safekeeper.server.port, safekeeper.end)
         await eventually(lambda: timeline.last_record_lsn == ends[0], "the first batch, at once")
         await grow(ends[1])
@@ -546,6 +526,3 @@ async def test_a_little_wal_is_left_to_become_more_unless_somebody_waits(
         await grow(ends[-1])  # more than is left lying
         await eventually(lambda: timeline.last_record_lsn == ends[-1], "a large batch, without anybody waiting")
         assert await timeline.latest_lsn(20) == ends[-1]
-    finally:
-        await receiver.stop()
-        await safekeeper.server.stop()

@@ -184,7 +184,7 @@ lend(Proposal *run)
 		keeper->lent_flush_lsn = member->flush_lsn;
 		member->lane.open = member->active && keeper->link.held.size == 0;
 	}
-	/* timers that Python had: one of them, or both */
+	/* timers that Python had: both, one of them, or none after all */
 	if (one_in(20))
 	{
 		int64_t		at_ns = (int64_t) clock_ns + below(3000000) - 1000000;
